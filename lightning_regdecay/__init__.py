@@ -1,0 +1,16 @@
+"""Weight decay as a first-class hyperparameter of a Lightning model."""
+
+from lightning_regdecay.groups import DecayGroup, build_decay_groups
+from lightning_regdecay.mixin import WeightDecayMixin
+from lightning_regdecay.monitor import WeightDecayMonitor
+from lightning_regdecay.norms import GroupL2Norm
+from lightning_regdecay.rules import DecayRule
+
+__all__ = [
+    "DecayGroup",
+    "DecayRule",
+    "GroupL2Norm",
+    "WeightDecayMixin",
+    "WeightDecayMonitor",
+    "build_decay_groups",
+]

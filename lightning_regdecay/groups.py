@@ -1,0 +1,246 @@
+"""Rules × parameters → groups, and the table that explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.fabric.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_regdecay.matching import Matcher, listed, nearest_names, problem_of
+from lightning_regdecay.parameters import ModelParameter, model_parameters
+from lightning_regdecay.rules import DecayRule, DecayRules, parse_rules, unique_name
+
+TABLE_HEADER = ("group", "rule", "tensors", "parameters", "weight_decay", "lr")
+_OWN = "optimizer's"
+
+
+@dataclass(frozen=True, repr=False)
+class DecayGroup:
+    """The trainable parameters that one rule took, under one name; one group is one optimizer param group.
+
+    Args:
+        name: letters, digits, ``_``, ``-`` and ``.`` only, unique among the groups of a model.
+        rule: the rule that took the parameters (the first, where several rules share the group), or None for the group
+            ``default`` of what no rule took.
+        params: parameter name to parameter, in the order of the model.
+    """
+
+    name: str
+    rule: DecayRule | None
+    params: Mapping[str, nn.Parameter]
+
+    def __repr__(self) -> str:
+        return (
+            f"DecayGroup({self.name!r}, {len(self.params)} tensors, {self.numel} parameters, "
+            f"weight_decay={self.strength_text})"
+        )
+
+    @property
+    def numel(self) -> int:
+        """The number of scalar parameters."""
+        return sum(parameter.numel() for parameter in self.params.values())
+
+    @property
+    def strength_text(self) -> str:
+        """The strength in words that fit a table cell."""
+        return _OWN if self.rule is None else self.rule.strength_text
+
+    def as_param_group(self, weight_decay: float | None = None) -> dict[str, Any]:
+        """The group as ``torch.optim.Optimizer`` takes it, with ``name`` and ``param_names`` beside the options.
+
+        Args:
+            weight_decay: the optimizer's own weight decay, which a rule with ``decay_mult`` multiplies. A group without
+                a rule has no ``weight_decay`` here, so that the optimizer fills in its own.
+
+        Raises:
+            ValueError: for a rule with ``decay_mult``, where ``weight_decay`` is not given.
+
+        >>> groups = build_decay_groups(nn.Linear(2, 1), {"bias": 0.0})
+        >>> [sorted(group.as_param_group()) for group in groups]
+        [['name', 'param_names', 'params', 'weight_decay'], ['name', 'param_names', 'params']]
+        """
+        group = {"params": list(self.params.values()), "param_names": list(self.params), "name": self.name}
+        if self.rule is None:
+            return group
+        strength = self.rule.weight_decay
+        if self.rule.decay_mult is not None:
+            if weight_decay is None:
+                raise ValueError(
+                    f"group {self.name!r} has decay_mult={self.rule.decay_mult:g}, a factor on the optimizer's own "
+                    "weight decay, which is not known here; pass it: as_param_group(weight_decay=0.1)"
+                )
+            strength = self.rule.decay_mult * weight_decay
+        return {**group, "weight_decay": strength, **self.rule.options}
+
+
+class DecayGroups(list[DecayGroup]):
+    """The groups of a model: a list that prints as a table and explains any one parameter."""
+
+    def __init__(
+        self, groups: Iterable[DecayGroup], parameters: Sequence[ModelParameter], rules: Sequence[DecayRule]
+    ) -> None:
+        super().__init__(groups)
+        self._parameters = parameters
+        self._rules = rules
+
+    def __str__(self) -> str:
+        return format_table(TABLE_HEADER, self.rows())
+
+    @property
+    def rule_texts(self) -> dict[str, str]:
+        """Group name to the selectors of the rule or rules that it is made of."""
+        texts: dict[str, list[str]] = {group.name: [] for group in self}
+        for rule in self._rules:
+            texts.get(str(rule.group), []).append(rule.selector_text)
+        return {name: " ; ".join(of_group) or "(no rule)" for name, of_group in texts.items()}
+
+    def rows(self) -> list[list[str]]:
+        """The cells of the table, a row per group and one for all."""
+        texts = self.rule_texts
+        rows = []
+        for group in self:
+            lr = group.rule.options.get("lr", _OWN) if group.rule else _OWN
+            rows.append(table_row(group.name, texts[group.name], group.params.values(), group.strength_text, lr))
+        return [*rows, total_row(parameter for group in self for parameter in group.params.values())]
+
+    def explain(self, name: str) -> str:
+        """Which rule took a parameter, and why each earlier rule did not.
+
+        Args:
+            name: the name of a parameter; any of its names where it is tied.
+
+        Raises:
+            KeyError: where the model has no parameter of that name.
+
+        >>> print(build_decay_groups(nn.Linear(2, 1), {"bias": 0.0, "*": 0.1}).explain("weight"))
+        weight (2 dimensions, in Linear) is in group 'rest', weight_decay 0.1
+          rule 1 'bias' does not take it: its name does not match 'bias'
+          rule 2 '*' takes it
+        """
+        parameter = next((p for p in self._parameters if name in p.names), None)
+        if parameter is None:
+            names = [known for p in self._parameters for known in p.names]
+            raise KeyError(f"the model has no parameter {name!r}; nearest: {listed(nearest_names(name, names))}")
+        owners = sorted({type(place.module).__name__ for place in parameter.places})
+        head = f"{' = '.join(parameter.names)} ({parameter.ndim} dimensions, in {', '.join(owners)})"
+        if not parameter.parameter.requires_grad:
+            return f"{head} is frozen (requires_grad=False): it is in no group"
+        group = next(g for g in self if parameter.name in g.params)
+        lines = [f"{head} is in group {group.name!r}, weight_decay {group.strength_text}"]
+        for number, rule in enumerate(self._rules, start=1):
+            label = f"  rule {number} {rule.selector_text!r}"
+            reason = Matcher(rule).mismatch(parameter)
+            lines.append(f"{label} takes it" if reason is None else f"{label} does not take it: {reason}")
+            if reason is None:
+                return "\n".join(lines)
+        return "\n".join([*lines, "  no rule takes it: it keeps the optimizer's own weight decay"])
+
+
+def build_decay_groups(module: nn.Module, rules: DecayRules, *, strict: bool = True) -> DecayGroups:
+    """Put every trainable parameter of a model into one group, by the first rule that takes it.
+
+    Works on any module, without a Trainer. Names, owners and dimensions are those of the model as the user wrote it:
+    what ``torch.compile``, activation checkpointing or DDP wrap around it changes nothing. A tied parameter counts
+    once, under its first name, and a rule that takes any of its names takes it. Frozen parameters are left out.
+
+    Args:
+        module: the model; on the meta device too.
+        rules: a mapping or list of rules, see :class:`DecayRule`.
+        strict: False turns the errors about rules that take nothing into warnings.
+
+    Returns:
+        A list of the groups in the order of the rules; last, where any are left, the group ``default`` of what no rule
+        took. It prints as a table, and ``.explain(name)`` tells which rule took a parameter.
+
+    Raises:
+        TypeError: for rules of an unknown form.
+        ValueError: for a rule that takes nothing (a typo, or earlier rules took it all), a pattern or class name in a
+            list that matches nothing, an uninitialised lazy parameter, a model with nothing to train.
+
+    >>> print(build_decay_groups(nn.Linear(3, 2), {"*bias": 0.0, "*": "5e-2"}))
+    group  rule   tensors  parameters  weight_decay           lr
+    bias   *bias        1           2             0  optimizer's
+    rest   *            1           6          0.05  optimizer's
+    total               2           8
+    """
+    parsed = parse_rules(rules)
+    parameters = model_parameters(module)
+    trainable = [p for p in parameters if p.parameter.requires_grad]
+    if not trainable:
+        frozen = f"all its {len(parameters)} parameters are frozen" if parameters else "it has no parameters"
+        raise ValueError(f"{type(module).__name__} has nothing to train: {frozen}")
+
+    matchers = [Matcher(rule) for rule in parsed]
+    taken_by = [next((i for i, m in enumerate(matchers) if m.takes(p)), None) for p in trainable]
+    problems = list(_problems(module, matchers, parameters, trainable, taken_by))
+    if problems and strict:
+        raise ValueError("\n".join(problems))
+    for problem in problems:
+        rank_zero_warn(problem)
+
+    default = unique_name("default", {str(rule.group) for rule in parsed})
+    members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in [*(str(r.group) for r in parsed), default]}
+    for parameter, index in zip(trainable, taken_by):
+        name = default if index is None else str(parsed[index].group)
+        members[name][parameter.name] = parameter.parameter
+    first_rule = {str(rule.group): rule for rule in reversed(parsed)}
+    groups = [DecayGroup(name, first_rule.get(name), params) for name, params in members.items() if params]
+    return DecayGroups(groups, parameters, parsed)
+
+
+def _problems(
+    module: nn.Module,
+    matchers: Sequence[Matcher],
+    parameters: Sequence[ModelParameter],
+    trainable: Sequence[ModelParameter],
+    taken_by: Sequence[int | None],
+) -> Iterator[str]:
+    """What is wrong with the rules, a line each: rules that take nothing, patterns and classes that match nothing."""
+    used = set(taken_by)
+    for index, matcher in enumerate(matchers):
+        rule = matcher.rule
+        label = f"decay rule {index + 1} {rule.selector_text!r}"
+        if index in used and len(rule.patterns) < 2 and len(rule.classes) < 2:
+            continue
+        problem = problem_of(matcher, module, parameters)
+        if problem is not None:
+            yield f"{label} {'is wrong in part' if index in used else 'takes nothing'}: {problem}"
+        elif index not in used:
+            takers = [taker for p, taker in zip(trainable, taken_by) if taker is not None and matcher.takes(p)]
+            if takers:
+                earlier = ", ".join(f"rule {i + 1} {matchers[i].rule.selector_text!r}" for i in sorted(set(takers)))
+                yield (
+                    f"{label} takes nothing: the {len(takers)} trainable parameters that it matches are all taken by "
+                    f"earlier rules, {earlier}; the first match wins, so move it before them"
+                )
+            else:
+                rank_zero_warn(f"{label} takes frozen parameters only (requires_grad=False), so it makes no group")
+
+
+def table_row(name: str, rule: str, parameters: Iterable[Any], weight_decay: object, lr: object) -> list[str]:
+    """The cells of one group in a table under ``TABLE_HEADER``."""
+    parameters = list(parameters)
+    numel = sum(parameter.numel() for parameter in parameters)
+    return [name, rule, f"{len(parameters):,}", f"{numel:,}", _cell(weight_decay), _cell(lr)]
+
+
+def total_row(parameters: Iterable[Any]) -> list[str]:
+    """The last row of a table under ``TABLE_HEADER``."""
+    return table_row("total", "", parameters, "", "")
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain text table: the first two columns to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = [
+        "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in (header, *rows)
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    return value if isinstance(value, str) else f"{value:g}"

@@ -1,0 +1,170 @@
+"""Whether a rule takes a parameter, and why not: rules × parameters, one pair at a time."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lightning_regdecay.parameters import ModelParameter, Place
+from lightning_regdecay.rules import DecayRule, class_path, compile_pattern, did_you_mean, literal_text
+
+_MOST_NAMES = 5000  # compared on the way to a hint, so that a typo in a huge model is answered at once
+
+
+class Matcher:
+    """A rule made ready to be held against many parameters."""
+
+    def __init__(self, rule: DecayRule) -> None:
+        self.rule = rule
+        self._conditions = list(_conditions(rule))
+
+    def takes(self, parameter: ModelParameter) -> bool:
+        """Whether all selectors of the rule hold, in one of the places that hold the parameter."""
+        return any(all(c.holds(parameter, place) for c in self._conditions) for place in parameter.places)
+
+    def mismatch(self, parameter: ModelParameter) -> str | None:
+        """Why the rule does not take a parameter, None where it does."""
+        if self.takes(parameter):
+            return None
+        failed = [next(c for c in self._conditions if not c.holds(parameter, place)) for place in parameter.places]
+        reasons = [c.otherwise(parameter, place) for c, place in zip(failed, parameter.places)]
+        return "; ".join(dict.fromkeys(reasons))
+
+
+class _Condition(NamedTuple):
+    """One selector of a rule."""
+
+    holds: Callable[[ModelParameter, Place], Any]
+    otherwise: Callable[[ModelParameter, Place], str]
+    """What to tell the user where it does not hold."""
+
+
+def _conditions(rule: DecayRule) -> Iterable[_Condition]:
+    """The selectors of a rule as tests, the cheap ones first."""
+    if rule.patterns:
+        matches = [compile_pattern(pattern) for pattern in rule.patterns]
+        yield _Condition(
+            lambda parameter, place: any(match(place.name) for match in matches),
+            lambda parameter, place: f"its name does not match {listed(rule.patterns, ' or ')}",
+        )
+    if rule.min_ndim is not None:
+        least = rule.min_ndim
+        yield _Condition(
+            lambda parameter, place: parameter.ndim >= least,
+            lambda parameter, place: f"it has {parameter.ndim} dimensions, below min_ndim={least}",
+        )
+    if rule.max_ndim is not None:
+        most = rule.max_ndim
+        yield _Condition(
+            lambda parameter, place: parameter.ndim <= most,
+            lambda parameter, place: f"it has {parameter.ndim} dimensions, above max_ndim={most}",
+        )
+    if rule.classes:
+        tests = [_class_test(selector) for selector in rule.classes]
+        wanted = listed(map(_class_text, rule.classes), " or ")
+        yield _Condition(
+            lambda parameter, place: any(test(type(place.module)) for test in tests),
+            lambda parameter, place: f"its module is a {type(place.module).__name__}, not a {wanted}",
+        )
+    if rule.where is not None:
+        where = rule.where
+        yield _Condition(
+            lambda parameter, place: where(place.name, parameter.parameter, place.module),
+            lambda parameter, place: "where(...) is false for it",
+        )
+
+
+def _class_test(selector: str | type) -> Callable[[type], bool]:
+    """Whether a module's class is one that the selector means; answers are kept, as models repeat few classes."""
+    known: dict[type, bool] = {}
+    names_match = compile_pattern(selector) if isinstance(selector, str) else None
+    wanted = selector if isinstance(selector, type) else _imported_class(selector)
+
+    def test(cls: type) -> bool:
+        if cls not in known:
+            known[cls] = (wanted is not None and issubclass(cls, wanted)) or (
+                names_match is not None and any(map(names_match, _class_names(cls, str(selector))))
+            )
+        return known[cls]
+
+    return test
+
+
+def _class_names(cls: type, selector: str) -> Iterable[str]:
+    """The names of a class and its bases that a selector is held against: full ones if it has dots itself."""
+    dotted = "." in selector and not selector.startswith("re:")
+    return [class_path(base) if dotted else base.__name__ for base in cls.__mro__ if base is not object]
+
+
+def _imported_class(path: str) -> type | None:
+    """The class at a path like ``torch.nn.LayerNorm``. Nothing is imported: a model that has one has imported it."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
+
+
+def _class_text(selector: str | type) -> str:
+    return selector if isinstance(selector, str) else selector.__name__
+
+
+def problem_of(matcher: Matcher, module: nn.Module, parameters: Sequence[ModelParameter]) -> str | None:
+    """What is wrong with a rule whatever the others take: a pattern, class or combination that nothing matches."""
+    names = [name for p in parameters for name in p.names]
+    for pattern in matcher.rule.patterns:
+        if not any(map(compile_pattern(pattern), names)):
+            return f"no parameter name matches {pattern!r}; {_pattern_hint(pattern, names)}"
+    owners = dict.fromkeys(type(place.module) for p in parameters for place in p.places)
+    for selector in matcher.rule.classes:
+        test = _class_test(selector)
+        if not any(map(test, owners)):
+            return _class_problem(_class_text(selector), test, dict.fromkeys(type(m) for m in module.modules()))
+    if any(map(matcher.takes, parameters)):
+        return None
+    bounded = matcher.rule.min_ndim is not None or matcher.rule.max_ndim is not None
+    dimensions = f"; the model's have {listed(sorted({p.ndim for p in parameters}))} dimensions" if bounded else ""
+    return f"no parameter passes all its selectors{dimensions}"
+
+
+def _class_problem(wanted: str, test: Callable[[type], bool], classes: Iterable[type]) -> str:
+    if any(map(test, classes)):
+        return (
+            f"modules of class {wanted!r} own no parameters themselves, only those inside them do; select by the path, "
+            "as in params='encoder.*'"
+        )
+    return f"no module is of a class {wanted!r}; {did_you_mean(wanted, [cls.__name__ for cls in classes])}"
+
+
+def _pattern_hint(pattern: str, names: Sequence[str]) -> str:
+    """How to mend a pattern that matches no name: a wildcard that is missing, or a name that is near."""
+    if not pattern.startswith("re:"):
+        for candidate in (f"*{pattern}", f"{pattern}*", f"*{pattern}*"):
+            if any(map(compile_pattern(candidate), names)):
+                return f"the whole name must match: did you mean {candidate!r}?"
+    return f"nearest: {listed(nearest_names(pattern, names))}"
+
+
+def nearest_names(pattern: str, names: Sequence[str]) -> list[str]:
+    """Up to three parameter names that resemble a pattern as a whole or, like ``haed.*``, in a part of it.
+
+    >>> nearest_names("haed.*", ["body.weight", "head.weight", "head.bias"])
+    ['head.weight']
+    """
+    text = literal_text(pattern)
+    length = text.count(".") + 1
+    parts: dict[str, str] = {}
+    for name in names[:_MOST_NAMES]:
+        parts.setdefault(name, name)
+        path = name.split(".")
+        for start in range(len(path) - length + 1):
+            parts.setdefault(".".join(path[start : start + length]), name)
+    close = difflib.get_close_matches(text, parts, n=3)
+    return list(dict.fromkeys(parts[part] for part in close)) or list(names[:3])
+
+
+def listed(items: Iterable[object], separator: str = ", ") -> str:
+    """Items quoted, for messages."""
+    return separator.join(map(repr, items))

@@ -1,0 +1,276 @@
+"""``WeightDecayMonitor``: groups, live → loggers, table, plot."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_regdecay.groups import TABLE_HEADER, format_table, table_row, total_row
+from lightning_regdecay.mixin import WeightDecayMixin
+from lightning_regdecay.norms import GroupL2Norm
+from lightning_regdecay.rules import safe_name, unique_name
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FIGURES = ("l2_norm", "penalty", "weight_decay")
+_LINEAR_SPAN = 20  # largest over smallest value that a linear axis still shows apart
+
+
+class WeightDecayMonitor(Callback):
+    """Log the L2 norm, the effective penalty and the weight decay of every param group.
+
+    The keys are ``<prefix>/<group>/l2_norm``, ``…/penalty``, ``…/weight_decay`` and ``<prefix>/total/penalty``. The
+    penalty is ½·λ·‖w‖₂² with the λ that the optimizer holds at that moment: the term whose gradient is λ·w. Figures are
+    taken after the last optimizer step of each epoch, before validation, and go to every logger and into
+    ``trainer.callback_metrics``, where ModelCheckpoint and EarlyStopping find them.
+
+    Works with and without :class:`WeightDecayMixin`: groups go by the ``name`` of the param group, else by their
+    number, with several optimizers after the optimizer's name, as in ``decay/Adam/0/l2_norm``.
+
+    Args:
+        every_n_steps: log every so many optimizer steps (``trainer.global_step``) too.
+        prefix: the first part of the keys.
+        prog_bar: also show the figures in the progress bar.
+        summary: print a table of the groups when the fit starts.
+
+    Raises:
+        MisconfigurationException: for an ``every_n_steps`` below 1, or a prefix that loggers refuse.
+
+    Attributes:
+        history: what was logged in this run, one dictionary per event with ``epoch``, ``step`` (optimizer steps done)
+            and the logged keys. Kept through checkpoints; a fit that starts from step 0 starts it anew.
+    """
+
+    def __init__(
+        self, every_n_steps: int | None = None, prefix: str = "decay", prog_bar: bool = False, summary: bool = True
+    ) -> None:
+        super().__init__()
+        if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
+            raise MisconfigurationException(
+                f"every_n_steps must be a whole number of at least 1, or None, got {every_n_steps!r}"
+            )
+        if not isinstance(prefix, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*", prefix):
+            raise MisconfigurationException(
+                f"prefix must be letters, digits, '_', '-', '.' and single '/' between them, got {prefix!r}"
+            )
+        self.every_n_steps = every_n_steps
+        self.prefix = prefix
+        self.prog_bar = prog_bar
+        self.summary = summary
+        self.history: list[dict[str, float]] = []
+        self._steps_seen = 0
+        self._warned: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        """Keeps the states of several monitors in one checkpoint apart."""
+        return self._generate_state_key(prefix=self.prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history, as plain data."""
+        return {"history": [dict(record) for record in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the history of a checkpoint."""
+        self.history = [dict(record) for record in state_dict["history"]]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table of the groups."""
+        if self.summary and trainer.is_global_zero:
+            _print_table(self._table_rows(trainer, pl_module))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the history anew unless the run goes on from a checkpoint."""
+        if trainer.global_step == 0:
+            self.history = []
+        self._steps_seen = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the end of an epoch, and every ``every_n_steps`` optimizer steps."""
+        # The last batch stands for the epoch: validation, which follows, and callbacks that monitor find fresh figures.
+        if trainer.is_last_batch or self._step_is_due(trainer):
+            self._log(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put fresh figures where checkpoints are chosen."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not self._logged_at(trainer.global_step):
+            self._publish(trainer, self._figures(trainer))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the end of an epoch that ended before its last batch."""
+        # By max_steps, or by -1 from on_train_batch_start.
+        self._log(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+
+    def plot(self, ax: Sequence[Any] | None = None) -> tuple[Figure, Any]:
+        """Plot the norm and the penalty of each group over the optimizer steps.
+
+        Args:
+            ax: two matplotlib axes to draw on, for the norms and for the penalties; by default a new figure.
+
+        Returns:
+            The figure and the two axes.
+
+        Raises:
+            ModuleNotFoundError: without matplotlib.
+            ValueError: where nothing was logged yet, or ``ax`` is not two axes.
+        """
+        return _plot(self.history, self.prefix, ax)
+
+    def _step_is_due(self, trainer: Trainer) -> bool:
+        """Whether a multiple of ``every_n_steps`` was reached since the last call; a batch may take several steps."""
+        before, self._steps_seen = self._steps_seen, trainer.global_step
+        n = self.every_n_steps
+        return n is not None and trainer.global_step // n > before // n
+
+    def _logged_at(self, step: int) -> bool:
+        return bool(self.history) and self.history[-1]["step"] == step
+
+    def _log(self, trainer: Trainer, logger_step: int) -> None:
+        """Log the figures, once per optimizer step."""
+        if self._logged_at(trainer.global_step):
+            return
+        figures = self._figures(trainer)
+        self._publish(trainer, figures)
+        self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **figures})
+        for logger in trainer.loggers:
+            # The step that Lightning itself gives to what training logs, so that all of it shares one axis.
+            logger.log_metrics({**figures, "epoch": trainer.current_epoch}, step=logger_step)
+
+    def _publish(self, trainer: Trainer, figures: dict[str, float]) -> None:
+        """Where other callbacks, the progress bar and the user look for metrics."""
+        device = trainer.strategy.root_device
+        values = torch.tensor(list(figures.values()), dtype=torch.float32, device=device).unbind()
+        tensors = dict(zip(figures, values))
+        trainer.callback_metrics.update(tensors)
+        if trainer.loggers:
+            trainer.logged_metrics.update(tensors)
+        if self.prog_bar:
+            trainer.progress_bar_metrics.update(figures)
+
+    def _figures(self, trainer: Trainer) -> dict[str, float]:
+        """The logged values of this moment by key."""
+        groups = dict(_live_groups(trainer))
+        metric = GroupL2Norm(groups)
+        metric.update({name: group["params"] for name, group in groups.items()})
+        norms = dict(zip(groups, torch.stack(list(metric.compute().values())).tolist())) if groups else {}
+        figures = {}
+        penalties = []
+        for name, group in groups.items():
+            strength = float(group.get("weight_decay", 0.0))
+            # No decay is no penalty, also where the norm is infinite.
+            penalties.append(0.5 * strength * norms[name] ** 2 if strength else 0.0)
+            for figure, value in zip(_FIGURES, (norms[name], penalties[-1], strength)):
+                figures[f"{self.prefix}/{name}/{figure}"] = value
+            self._warn_if_not_finite(name, norms[name])
+        figures[f"{self.prefix}/total/penalty"] = sum(penalties)
+        return figures
+
+    def _warn_if_not_finite(self, name: str, norm: float) -> None:
+        if not math.isfinite(norm) and name not in self._warned:
+            self._warned.add(name)
+            rank_zero_warn(f"the L2 norm of group {name!r} is {norm}: its parameters hold NaN or infinity")
+
+    def _table_rows(self, trainer: Trainer, pl_module: LightningModule) -> list[list[str]]:
+        """The cells of the table at fit start, with the λ and the lr that the optimizers hold."""
+        rules = pl_module.decay_groups.rule_texts if isinstance(pl_module, WeightDecayMixin) else {}
+        groups = dict(_live_groups(trainer))
+        rows = [
+            table_row(
+                name,
+                rules.get(group.get("name", ""), "-"),
+                group["params"],
+                float(group.get("weight_decay", 0.0)),
+                float(group["lr"]) if "lr" in group else "-",
+            )
+            for name, group in groups.items()
+        ]
+        return [*rows, total_row(parameter for group in groups.values() for parameter in group["params"])]
+
+
+def _live_groups(trainer: Trainer) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every param group of every optimizer, under the name that it has in the keys."""
+    optimizers: set[str] = set()
+    for optimizer in trainer.optimizers:
+        path = ""
+        if len(trainer.optimizers) > 1:
+            optimizer_name = unique_name(safe_name(type(optimizer).__name__), optimizers)
+            optimizers.add(optimizer_name)
+            path = f"{optimizer_name}/"
+        taken = {"total"}
+        for number, group in enumerate(optimizer.param_groups):
+            name = unique_name(safe_name(str(group.get("name", number))), taken)
+            taken.add(name)
+            yield path + name, group
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    """With rich where it is installed, as plain text where not."""
+    try:
+        from rich import print as print_rich
+        from rich.table import Table
+    except ModuleNotFoundError:
+        print(format_table(TABLE_HEADER, rows))
+        return
+    table = Table(title="Weight decay groups", title_justify="left")
+    for number, title in enumerate(TABLE_HEADER):
+        table.add_column(title, justify="left" if number < 2 else "right", overflow="fold")
+    for row in rows[:-1]:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*rows[-1])
+    print_rich(table)
+
+
+def _plot(history: Sequence[dict[str, float]], prefix: str, ax: Sequence[Any] | None) -> tuple[Figure, Any]:
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("plot() needs matplotlib: pip install matplotlib") from None
+    if not history:
+        raise ValueError("nothing to plot: no figures were logged yet; call trainer.fit first")
+    if ax is None:
+        _, ax = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
+    if len(ax) != 2:
+        raise ValueError(f"ax must be two axes, for the norms and for the penalties, got {len(ax)}")
+    keys = dict.fromkeys(key for record in history for key in record if key.endswith("/l2_norm"))
+    names = [key.removeprefix(f"{prefix}/").removesuffix("/l2_norm") for key in keys]
+    colors = plt.get_cmap("tab10" if len(names) <= 10 else "turbo")
+    style = {name: colors(i if len(names) <= 10 else i / (len(names) - 1)) for i, name in enumerate(names)}
+    norms, penalties = ax
+    # The total, wide and pale, lies under the groups: where one group makes up most of it, both stay visible.
+    _draw(penalties, history, f"{prefix}/total/penalty", label="total", color="lightgray", linewidth=6)
+    for name in names:
+        _draw(norms, history, f"{prefix}/{name}/l2_norm", label=name, color=style[name], marker="o", markersize=3)
+        _draw(penalties, history, f"{prefix}/{name}/penalty", label=name, color=style[name], marker="o", markersize=3)
+    norms.set_ylabel("L2 norm ‖w‖₂ (unit of the weights)")
+    penalties.set_ylabel("penalty ½·λ·‖w‖₂² (unit of the loss)")
+    penalties.set_xlabel("time (optimizer steps)")
+    for axes in ax:
+        _finish(axes)
+    return norms.figure, ax
+
+
+def _draw(axes: Any, history: Sequence[dict[str, float]], key: str, **style: Any) -> None:
+    """A line of one figure over time."""
+    points = [(record["step"], record[key]) for record in history if key in record]
+    axes.plot(*zip(*points), **style)
+
+
+def _finish(axes: Any) -> None:
+    """Scale, grid and legend; a logarithmic scale where a linear one would press small groups onto the axis."""
+    values = [abs(value) for line in axes.get_lines() for value in line.get_ydata() if math.isfinite(value) and value]
+    if values and max(values) > _LINEAR_SPAN * min(values):
+        axes.set_yscale("symlog", linthresh=min(values))  # has a place for zero, the penalty of groups without decay
+        axes.set_ylim(bottom=-0.3 * min(values))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

@@ -1,0 +1,424 @@
+"""What the user writes: decay rules, parsed and validated. Knows no model."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import math
+import numbers
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from typing import Any, TypeAlias, cast
+
+DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any]
+"""Rules in any form that users write: see :func:`parse_rules`."""
+
+_REGEX_PREFIX = "re:"
+_SET_BY_THE_RULE = {"params", "param_names", "name", "weight_decay"}
+_RESERVED_GROUPS = {"total"}  # `<prefix>/total/penalty` is the sum over all groups
+
+
+@dataclass(frozen=True, repr=False)
+class DecayRule:
+    """Which parameters get which weight decay.
+
+    All selectors given must hold; inside a list any one does. A rule without selectors takes every parameter.
+
+    Args:
+        weight_decay: λ, the coefficient as torch optimizers define it (the gradient of the L2 term is λ·w). A number or
+            its text, as YAML reads ``1e-3``.
+        decay_mult: instead of ``weight_decay``, a factor on the optimizer's own default. Exactly one of the two.
+        params: glob(s) over the full parameter name. ``*`` crosses dots, case counts, the whole name must match; after
+            ``re:`` comes a regular expression instead, which is searched.
+        modules: class(es) of the module that owns the parameter, or glob(s) over the names of its class and base
+            classes. A name with dots, such as ``"torch.nn.LayerNorm"``, is the class at that path.
+        min_ndim: the least number of dimensions of the parameter as the user defined it.
+        max_ndim: the largest number of dimensions, likewise.
+        where: any other test, ``where(name, parameter, module) -> bool``; in code only, as text cannot hold it.
+        group: the name of the group. Rules that share it and agree on strength and options form one group.
+        options: other options of the optimizer for this group, such as ``{"lr": 1e-4}``.
+
+    Raises:
+        TypeError: for a value of the wrong kind.
+        ValueError: for a strength that is negative or not finite, both or neither strength, a bad pattern.
+
+    >>> DecayRule(0.05, params="encoder.*", min_ndim=2)
+    DecayRule(0.05, params='encoder.*', min_ndim=2)
+    >>> DecayRule(decay_mult=0.1, modules=["*Norm*", "_ConvNd"], group="slow")
+    DecayRule(decay_mult=0.1, modules=['*Norm*', '_ConvNd'], group='slow')
+    """
+
+    weight_decay: float | None = None
+    _: KW_ONLY
+    decay_mult: float | None = None
+    params: str | Sequence[str] = ()
+    modules: str | type | Sequence[str | type] = ()
+    min_ndim: int | None = None
+    max_ndim: int | None = None
+    where: Callable[..., bool] | None = None
+    group: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        checked = {
+            "weight_decay": _strength("weight_decay", self.weight_decay),
+            "decay_mult": _strength("decay_mult", self.decay_mult),
+            "params": _selectors("params", self.params, (str,)),
+            "modules": _selectors("modules", self.modules, (str, type)),
+            "min_ndim": _ndim("min_ndim", self.min_ndim),
+            "max_ndim": _ndim("max_ndim", self.max_ndim),
+            "where": _predicate(self.where),
+            "group": _group(self.group),
+            "options": _options(self.options),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if (self.weight_decay is None) == (self.decay_mult is None):
+            given = "neither" if self.weight_decay is None else "both"
+            raise ValueError(
+                f"exactly one of weight_decay and decay_mult must be given, got {given}; "
+                "write weight_decay=0.05, or decay_mult=0.5 for half the optimizer's own"
+            )
+        if self.min_ndim is not None and self.max_ndim is not None and self.min_ndim > self.max_ndim:
+            raise ValueError(f"min_ndim={self.min_ndim} is above max_ndim={self.max_ndim}: no parameter has both")
+
+    def __repr__(self) -> str:
+        given = {name: _shorter(value) for name, value in given_fields(self).items()}
+        parts = [f"{name}={value!r}" for name, value in given.items() if name != "weight_decay"]
+        return f"DecayRule({', '.join([repr(self.weight_decay)] * ('weight_decay' in given) + parts)})"
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of ``params``, one or many."""
+        return cast("tuple[str, ...]", self.params)
+
+    @property
+    def classes(self) -> tuple[str | type, ...]:
+        """The selectors of ``modules``, one or many."""
+        return cast("tuple[str | type, ...]", self.modules)
+
+    @property
+    def has_selector(self) -> bool:
+        """Whether the rule says itself which parameters it takes."""
+        others = self.min_ndim, self.max_ndim, self.where
+        return bool(self.patterns or self.classes) or any(selector is not None for selector in others)
+
+    @property
+    def selector_text(self) -> str:
+        """The selectors in one line, for tables and messages.
+
+        >>> DecayRule(0.0, params=["*.bias", "*.scale"], max_ndim=1).selector_text
+        '*.bias | *.scale & max_ndim=1'
+        """
+        parts = [" | ".join(self.patterns)] if self.patterns else []
+        if self.classes:
+            parts.append("modules=" + " | ".join(c if isinstance(c, str) else c.__name__ for c in self.classes))
+        parts += [f"{name}={bound}" for name, bound in self._bounds()]
+        if self.where is not None:
+            parts.append(f"where={_function_name(self.where)}")
+        return " & ".join(parts) or "*"
+
+    @property
+    def strength_text(self) -> str:
+        """The strength in words that fit a table cell: a number, or a factor on the optimizer's own.
+
+        >>> DecayRule(1e-3).strength_text, DecayRule(decay_mult=0.5).strength_text
+        ('0.001', "0.5 x optimizer's")
+        """
+        return f"{self.weight_decay:g}" if self.decay_mult is None else f"{self.decay_mult:g} x optimizer's"
+
+    def _bounds(self) -> list[tuple[str, int]]:
+        bounds = ("min_ndim", self.min_ndim), ("max_ndim", self.max_ndim)
+        return [(name, bound) for name, bound in bounds if bound is not None]
+
+
+def parse_rules(rules: DecayRules) -> tuple[DecayRule, ...]:
+    """Turn rules, in any form that users write, into ``DecayRule`` objects in order, each with its group's name.
+
+    Args:
+        rules: a mapping ``{pattern: λ}``, ``{name: {field: value}}`` or ``{name: DecayRule(...)}``, mixed at will, or a
+            list of ``DecayRule`` objects or their fields.
+
+    Raises:
+        TypeError: for a form or a field that is not one of these.
+        ValueError: for a value out of range, or rules of one group that disagree.
+
+    >>> parse_rules({"*.bias": 0.0, "head": {"params": "head.*", "weight_decay": "1e-3"}})
+    (DecayRule(0.0, params='*.bias', group='bias'), DecayRule(0.001, params='head.*', group='head'))
+    """
+    if isinstance(rules, Mapping):
+        parsed = [_from_item(key, value) for key, value in rules.items()]
+    elif isinstance(rules, Sequence) and not isinstance(rules, (str, bytes)):
+        parsed = [_from_entry(index, entry) for index, entry in enumerate(rules)]
+    else:
+        hint = "; text must be read first, with yaml.safe_load or json.loads" if isinstance(rules, str) else ""
+        raise TypeError(f"decay rules are a mapping or a list of rules, got {type(rules).__name__} {rules!r}{hint}")
+
+    taken = _RESERVED_GROUPS | {rule.group for _, rule in parsed if rule.group is not None}
+    named = []
+    for name, rule in parsed:
+        if rule.group is None:
+            rule = replace(rule, group=unique_name(name, taken))
+            taken.add(str(rule.group))
+        named.append(rule)
+    _check_agreement(named)
+    return tuple(named)
+
+
+def plain_rules(rules: Any) -> Any:
+    """The same rules as plain data (``dict``, ``list``, ``str``, numbers), to be read where this package may be absent.
+
+    A class becomes its full name, which selects the same modules. A predicate becomes text that says which one it was;
+    it cannot be used as a rule again, and parsing it says so.
+
+    >>> plain_rules({"norm": DecayRule(0, modules=[dict, "*Norm*"])})
+    {'norm': {'weight_decay': 0.0, 'modules': ['builtins.dict', '*Norm*']}}
+    """
+    if rules is None or isinstance(rules, bool):
+        return rules
+    if isinstance(rules, str):
+        return str(rules)
+    if isinstance(rules, numbers.Integral):
+        return int(rules)
+    if isinstance(rules, numbers.Real):
+        return float(rules)
+    if isinstance(rules, DecayRule):
+        return {name: plain_rules(_shorter(value)) for name, value in given_fields(rules).items()}
+    if isinstance(rules, Mapping):
+        return {plain_rules(key): plain_rules(value) for key, value in rules.items()}
+    if isinstance(rules, Iterable):
+        return [plain_rules(value) for value in rules]
+    if isinstance(rules, type):
+        return class_path(rules)
+    return f"<{rules.__module__}.{_function_name(rules)}>" if callable(rules) else repr(rules)
+
+
+def given_fields(rule: DecayRule) -> dict[str, Any]:
+    """The fields of a rule that were given, in order."""
+    values = {f.name: getattr(rule, f.name) for f in fields(rule)}
+    return {name: value for name, value in values.items() if value is not None and value != () and value != {}}
+
+
+@functools.cache
+def compile_pattern(pattern: str) -> Callable[[str], Any]:
+    r"""A function that tells whether a name matches: a glob over the whole of it, or after ``re:`` a search.
+
+    >>> bool(compile_pattern("*.bias")("body.0.bias")), bool(compile_pattern(r"re:\.[01]\.")("body.2.bias"))
+    (True, False)
+    """
+    if not pattern.startswith(_REGEX_PREFIX):
+        return re.compile(fnmatch.translate(pattern)).match
+    try:
+        return re.compile(pattern.removeprefix(_REGEX_PREFIX)).search
+    except re.error as error:
+        raise ValueError(f"bad regular expression {pattern!r}: {error}") from None
+
+
+def literal_text(pattern: str) -> str:
+    r"""A pattern less its wildcards and the dots that they leave bare.
+
+    >>> [literal_text(p) for p in ("*.bias", "encoder.*.weight", "layer[0-3].*", r"re:\.(q|k)_proj\.weight$", "*")]
+    ['bias', 'encoder.weight', 'layer', 'q_k_proj.weight', '']
+    """
+    if pattern.startswith(_REGEX_PREFIX):
+        text = re.sub(r"\\[A-Za-z]|(?<!\\)\.[*+?]|(?<!\\)\[[^]]*\]|\{[^}]*\}|\(\?\W?\w?|[\\^$*+?()]", "", pattern[3:])
+        text = text.replace("|", "_")
+    else:
+        text = re.sub(r"\[[^]]+\]|[*?]", "", pattern)
+    return ".".join(part for part in text.split(".") if part)
+
+
+def safe_name(text: str) -> str:
+    """A group name that every logger takes: letters, digits, ``_``, ``-`` and ``.`` only.
+
+    >>> [safe_name(text) for text in ("*.bias", "*norm*", "head.*", "encoder.*.weight", "*", "no decay")]
+    ['bias', 'norm', 'head', 'encoder.weight', 'rest', 'no_decay']
+    """
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", literal_text(text)) or "rest"
+
+
+def unique_name(name: str, taken: Iterable[str]) -> str:
+    """The name, or where it is taken the name with the first free number after it.
+
+    >>> unique_name("bias", {"bias", "bias_2"})
+    'bias_3'
+    """
+    numbered = (name if n == 1 else f"{name}_{n}" for n in range(1, len(list(taken)) + 2))
+    return next(candidate for candidate in numbered if candidate not in taken)
+
+
+def class_path(cls: type) -> str:
+    """The full name of a class, such as ``torch.nn.modules.normalization.LayerNorm``."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint for messages: the nearest of the known words, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+
+
+def _from_item(key: Any, value: Any) -> tuple[str, DecayRule]:
+    """A rule from one item of a mapping, and the name that its group gets unless the rule names one."""
+    if not isinstance(key, str):
+        raise TypeError(f"decay rules map patterns or names (text) to rules, got the key {key!r}; write {str(key)!r}")
+    if not isinstance(value, (DecayRule, Mapping)):  # {pattern: λ}
+        value = {"weight_decay": value, "params": key} if value is not None else {}
+    label = f"decay rule {key!r}"
+    rule = _rule(label, value)
+    return safe_name(key), rule if rule.has_selector else _rule(label, {**given_fields(rule), "params": key})
+
+
+def _from_entry(index: int, entry: Any) -> tuple[str, DecayRule]:
+    """A rule from one entry of a list, and the name that its group gets unless the rule names one."""
+    if not isinstance(entry, (DecayRule, Mapping)):
+        raise TypeError(
+            f"decay rule {index + 1} of the list must be a DecayRule or a mapping of its fields, got {entry!r}; "
+            f"write DecayRule({entry!r}, params=...) or use the mapping {{pattern: weight_decay}}"
+        )
+    rule = _rule(f"decay rule {index + 1} of the list", entry)
+    return _name_from_selectors(rule), rule
+
+
+def _rule(label: str, value: DecayRule | Mapping[str, Any]) -> DecayRule:
+    """A rule from its fields; every error says which rule it is about."""
+    if isinstance(value, DecayRule):
+        return value
+    known = [f.name for f in fields(DecayRule)]
+    for name in value:
+        if name not in known:
+            raise TypeError(f"{label}: unknown field {name!r}; {did_you_mean(str(name), known)}")
+    try:
+        return DecayRule(**value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{label}: {error}") from None
+
+
+def _name_from_selectors(rule: DecayRule) -> str:
+    """The group's name of a rule that has none: from its patterns, else its classes, its dimensions, its predicate."""
+    if rule.patterns:
+        return "_".join(safe_name(pattern) for pattern in rule.patterns)
+    if rule.classes:
+        return "_".join(safe_name(c if isinstance(c, str) else c.__name__) for c in rule.classes)
+    bounds = [f"{name}_{bound}" for name, bound in rule._bounds()]
+    return safe_name("_".join(bounds) or (_function_name(rule.where) if rule.where else "*"))
+
+
+def _check_agreement(rules: Sequence[DecayRule]) -> None:
+    first: dict[str | None, DecayRule] = {}
+    for rule in rules:
+        other = first.setdefault(rule.group, rule)
+        for name in ("weight_decay", "decay_mult", "options"):
+            if getattr(rule, name) != getattr(other, name):
+                raise ValueError(
+                    f"the rules {other.selector_text!r} and {rule.selector_text!r} share the group {rule.group!r} but "
+                    f"disagree on {name}: {getattr(other, name)!r} and {getattr(rule, name)!r}; make them equal or "
+                    "give each a group of its own"
+                )
+
+
+def _strength(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    number = _number(value)
+    if number is None:
+        raise ValueError(f"{name} must be a number, got the text {value!r}")
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    return number
+
+
+def _number(value: Any) -> float | None:
+    """A number from a number or its text, None where the text is none."""
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def _selectors(name: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
+    entries = (value,) if isinstance(value, kinds) else value
+    if entries is None:
+        return ()
+    if not isinstance(entries, Iterable) or isinstance(entries, Mapping):
+        raise TypeError(f"{name} must be a pattern or a list of patterns, got {value!r}")
+    entries = tuple(entries)
+    for entry in entries:
+        if not isinstance(entry, kinds):
+            raise TypeError(
+                f"{name} must be {' or '.join(k.__name__ for k in kinds)}, or a list of them, got {entry!r}"
+            )
+        if entry == "":
+            raise ValueError(f"{name} holds an empty pattern, which matches nothing; write '*' for everything")
+        if isinstance(entry, str):
+            compile_pattern(entry)
+    return entries
+
+
+def _ndim(name: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{name} must be a whole number of dimensions, got {value!r}")
+    if value is not None and value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value!r}")
+    return value
+
+
+def _predicate(value: Any) -> Callable[..., bool] | None:
+    if isinstance(value, str):
+        raise TypeError(
+            f"where must be a function where(name, parameter, module), got the text {value!r}: YAML and checkpoints "
+            "keep only the name of a predicate; pass the rules with the function again, in code"
+        )
+    if value is not None and not callable(value):
+        raise TypeError(f"where must be a function where(name, parameter, module), got {value!r}")
+    return value  # type: ignore[no-any-return]
+
+
+def _group(value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"group must be a name (text), got {value!r}")
+    name = safe_name(value)
+    if name in _RESERVED_GROUPS:
+        raise ValueError(f"group {value!r} would clash with the logged total over all groups; choose another name")
+    return name
+
+
+def _options(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"options must be a mapping of the optimizer's options, such as {{'lr': 1e-4}}, got {value!r}")
+    for name in value:
+        if not isinstance(name, str):
+            raise TypeError(f"options must have text as keys, got {name!r}")
+        if name in _SET_BY_THE_RULE:
+            raise ValueError(f"options may not hold {name!r}: the rule itself sets it")
+    return {name: _option(option) for name, option in value.items()}
+
+
+def _option(value: Any) -> Any:
+    """An option as an optimizer takes it: numbers that came as text (YAML's ``1e-3``) are numbers, lists are lists."""
+    if isinstance(value, str):
+        number = _number(value)
+        return value if number is None else number
+    if isinstance(value, Sequence):
+        return tuple(_option(entry) for entry in value)
+    return value
+
+
+def _function_name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _shorter(value: Any) -> Any:
+    """Selectors as a user would write them: one alone, several in a list."""
+    if not isinstance(value, tuple):
+        return value
+    return value[0] if len(value) == 1 else list(value)
