@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_regdecay.groups import DecayGroups, build_decay_groups
-from lightning_regdecay.rules import DecayRules, did_you_mean, given_fields, parse_rules, plain_rules, safe_name
+from lightning_regdecay.rules import DecayRules, did_you_mean, parse_rules, plain_rules
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -157,8 +158,7 @@ class WeightDecayMixin(_Base):
             return rules
         if not isinstance(rules, Mapping):
             return rules
-        parsed = zip(rules, parse_rules(self._rules_in_force()))
-        return {name if name == safe_name(name) else str(rule.group): _loggable_fields(rule) for name, rule in parsed}
+        return {rule.group: plain_rules(replace(rule, group=None)) for rule in parse_rules(self._rules_in_force())}
 
     def _rules_in_force(self) -> DecayRules:
         own: DecayRules | None = self.__dict__.get("decay_rules")
@@ -223,7 +223,3 @@ class WeightDecayMixin(_Base):
 
 
 _NO_WEIGHT_DECAY = "{optimizer} knows no weight decay, so decay rules cannot work with it; use one such as AdamW or SGD"
-
-
-def _loggable_fields(rule: Any) -> dict[str, Any]:
-    return {name: value for name, value in plain_rules(given_fields(rule)).items() if name != "group"}

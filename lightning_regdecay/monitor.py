@@ -97,8 +97,9 @@ class WeightDecayMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the end of an epoch, and every ``every_n_steps`` optimizer steps."""
+        step_is_due = self._step_is_due(trainer)
         # The last batch stands for the epoch: validation, which follows, and callbacks that monitor find fresh figures.
-        if trainer.is_last_batch or self._step_is_due(trainer):
+        if step_is_due or trainer.is_last_batch:
             self._log(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,11 +15,13 @@ from lightning_regdecay.parameters import is_sharded
 _ROW = 128
 """Elements whose squares are added in float32: few enough that the sum is right to 1e-6 for any data. Longer sums are
 not, though random numbers hide it, as their rounding errors cancel: `torch.dot` of 2^18 equal values is 3e-5 off."""
-_FLOAT32_PIECE = 2**22
-"""Elements per call: row norms are 1/128 of it, so the scratch memory stays under 1 MiB."""
-_CONVERTED_PIECE = 2**17
-"""Elements per call where they must be converted first: 0.5 MiB as float32, 1 MiB as float64."""
-_IN_ROWS = (torch.float32, torch.float16, torch.bfloat16)
+_PIECE = {torch.float32: 2**22, torch.float16: 2**17, torch.bfloat16: 2**17}
+"""Elements per call. Half types are converted first, so the scratch memory stays under 1 MiB: 0.5 MiB of float32."""
+_IN_ROWS = _PIECE.keys()
+_MOST_NORMS = 2**16
+"""Norms of rows that are kept before they are added up: 0.25 MiB, and 0.5 MiB as float64."""
+_WIDENED_PIECE = 2**17
+"""Elements per call as float64: 1 MiB."""
 _TINY_SQUARE = 1e-31
 """Mean square below which float32 squares may have lost bits to underflow (the smallest normal one is 1.2e-38)."""
 
@@ -68,9 +70,7 @@ class GroupL2Norm(Metric):
         unknown = [name for name in tensors if name not in self.groups]
         if unknown:
             raise ValueError(f"unknown groups {unknown}; this metric was made with {list(self.groups)}")
-        members = {name: list(of_group) for name, of_group in tensors.items()}
-        sums = iter(_sums_of_squares([tensor for of_group in members.values() for tensor in of_group]))
-        added = {name: math.fsum(next(sums) for _ in of_group) for name, of_group in members.items()}
+        added = dict(zip(tensors, _sums_of_squares(list(tensors.values()))))
         new = self.sum_of_squares.new_tensor([added.get(name, 0.0) for name in self.groups])
         self.sum_of_squares = self.sum_of_squares + new  # not in place, as the state may be an inference tensor
 
@@ -94,16 +94,19 @@ class GroupL2Norm(Metric):
         return self._plot(val, ax)
 
 
-def _sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
-    """The sum of |x|² of each tensor, with one transfer to the host per device."""
-    flat = [_flat(tensor) for tensor in tensors]
-    sums = _to_host([_sum_of_squares(pieces) for pieces in flat])
-    for index, (value, pieces) in enumerate(zip(sums, flat)):
-        numel = sum(piece.numel() for piece in pieces)
-        if numel and not _TINY_SQUARE * numel < value < math.inf:
+def _sums_of_squares(groups: Sequence[Iterable[Tensor]]) -> list[float]:
+    """The sum of |x|² of each group, with one transfer to the host per device."""
+    parts: dict[tuple[int, torch.device], list[Tensor]] = {}
+    for index, tensors in enumerate(groups):
+        for piece in (piece for tensor in tensors for piece in _flat(tensor)):
+            parts.setdefault((index, piece.device), []).append(piece)
+    sums = _to_host([_fast_sum_of_squares(pieces) for pieces in parts.values()])
+    for at, pieces in enumerate(parts.values()):
+        if not _TINY_SQUARE * sum(map(torch.numel, pieces)) < sums[at] < math.inf:
             # float32 squares overflow from 1.8e19 and lose bits below 1e-19; all zeros look like the latter.
-            sums[index] = _to_host([_sum_of_squares(pieces, exact=True)])[0]
-    return sums
+            sums[at] = _to_host([_exact_sum_of_squares(pieces)])[0]
+    of_group = [[value for (i, _), value in zip(parts, sums) if i == index] for index in range(len(groups))]
+    return [sum(values) for values in of_group]
 
 
 def _to_host(values: Sequence[Tensor]) -> list[float]:
@@ -118,18 +121,35 @@ def _to_host(values: Sequence[Tensor]) -> list[float]:
     return numbers
 
 
-def _sum_of_squares(pieces: Sequence[Tensor], exact: bool = False) -> Tensor:
-    """At the speed of memory, float32 within rows of 128 and float64 across them, or exactly: float64 throughout."""
-    sums = []
+def _fast_sum_of_squares(pieces: Iterable[Tensor]) -> Tensor:
+    """At the speed of memory: float32 within rows of 128, float64 across them."""
+    sums: list[Tensor] = []
+    norms: list[Tensor] = []  # of rows, and single elements, which are their own norms
+    kept = 0
     for piece in pieces:
-        in_rows = 0 if exact or piece.dtype not in _IN_ROWS else piece.numel() // _ROW * _ROW
-        if in_rows:
-            step = _FLOAT32_PIECE if piece.dtype == torch.float32 else _CONVERTED_PIECE
-            for part in torch.split(piece[:in_rows], step):
-                sums.append(_dot(torch.linalg.vector_norm(part.to(torch.float32).view(-1, _ROW), dim=1)))
-        if in_rows < piece.numel() or not sums:
-            sums += [_dot(part) for part in torch.split(piece[in_rows:], _CONVERTED_PIECE)]
-    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+        if piece.dtype not in _IN_ROWS:
+            sums.append(_exact_sum_of_squares([piece]))
+            continue
+        for part in torch.split(piece, _PIECE[piece.dtype]) if piece.numel() > _PIECE[piece.dtype] else [piece]:
+            part = part.to(torch.float32)
+            in_rows = part.numel() // _ROW * _ROW
+            if in_rows:
+                norms.append(torch.linalg.vector_norm(part[:in_rows].view(-1, _ROW), dim=1))
+            if in_rows < part.numel():
+                norms.append(part[in_rows:])
+            kept += part.numel() // _ROW + _ROW
+            if kept > _MOST_NORMS:
+                sums.append(_dot(torch.cat(norms)))
+                norms.clear()
+                kept = 0
+    if norms or not sums:
+        sums.append(_dot(torch.cat(norms)) if norms else torch.zeros((), dtype=torch.float64))
+    return torch.stack(sums).sum()
+
+
+def _exact_sum_of_squares(pieces: Iterable[Tensor]) -> Tensor:
+    """In float64 throughout, for what float32 cannot hold."""
+    return torch.stack([_dot(part) for piece in pieces for part in torch.split(piece, _WIDENED_PIECE)]).sum()
 
 
 def _dot(vector: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""What the tests share: real data, small models, plain references."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_regdecay import WeightDecayMixin
+
+RULES = {"*.bias": 0.0, "*norm*": 0.01, "head.*": 1e-3, "*": 0.05}
+
+
+def digits(count: int = 256) -> tuple[Tensor, Tensor]:
+    """Real handwritten digits: (count, 64) pixels from 0 to 1, and their classes."""
+    pixels, classes = load_digits(return_X_y=True)
+    return torch.tensor(pixels[:count], dtype=torch.float32) / 16, torch.tensor(classes[:count])
+
+
+def digits_loader(count: int = 256, batch_size: int = 64) -> DataLoader:
+    return DataLoader(TensorDataset(*digits(count)), batch_size=batch_size)
+
+
+class Net(nn.Module):
+    """A body with a norm, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(64, 16)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.norm(self.body(pixels)).relu())
+
+
+class LitBase(L.LightningModule):
+    """Trains on digits; the optimizer is up to subclasses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(64, 16)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 10)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        pixels, classes = batch
+        loss = nn.functional.cross_entropy(self.head(self.norm(self.body(pixels)).relu()), classes)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.training_step_loss(batch))
+
+    def training_step_loss(self, batch: list[Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self.norm(self.body(batch[0])).relu()), batch[1])
+
+    def train_dataloader(self) -> DataLoader:
+        return digits_loader()
+
+
+class LitRules(WeightDecayMixin, LitBase):
+    """With rules from the class."""
+
+    decay_rules = RULES
+
+
+class LitHparams(WeightDecayMixin, LitBase):
+    """With rules and learning rate as hyperparameters."""
+
+    def __init__(self, lr: float = 1e-3, decay_rules: Any = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def trainer(**options: Any) -> L.Trainer:
+    """A quiet Trainer on the CPU."""
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(**{**defaults, **options})
+
+
+def float64_norm(tensors: Any) -> float:
+    """The L2 norm by the plainest route: every element as float64."""
+    return float(sum((t.detach().cpu().to(torch.complex128).abs() ** 2).sum() for t in tensors)) ** 0.5
+
+
+def members(groups: Any) -> dict[str, list[str]]:
+    """Group name to the names of its parameters."""
+    return {group.name: list(group.params) for group in groups}
+
+
+def run_python(*args: Any, cwd: Path, timeout: float, **env: str) -> str:
+    """Run Python in a process group of its own, which is gone when this returns; the output, or an AssertionError."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    return output

@@ -1,0 +1,126 @@
+"""What each logger holds in the end, read back from its own files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import struct
+
+import pytest
+from helpers import LitHparams, trainer
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from lightning_regdecay import WeightDecayMonitor
+
+BLOCK, FULL, LAST = 32768, 1, 4
+RULES = {"*.bias": 0.0, "slow": {"params": ["head.*", "norm.*"], "weight_decay": "1e-3"}, "*": 0.05}
+KEYS = {
+    *(
+        f"decay/{group}/{figure}"
+        for group in ("bias", "slow", "rest")
+        for figure in ("l2_norm", "penalty", "weight_decay")
+    ),
+    "decay/total/penalty",
+}
+
+
+def fit(logger):
+    """Two epochs of four steps, logged every two steps; the monitor's history."""
+    monitor = WeightDecayMonitor(every_n_steps=2)
+    trainer(max_epochs=2, callbacks=[monitor], logger=logger).fit(LitHparams(lr=0.01, decay_rules=RULES))
+    assert [record["step"] for record in monitor.history] == [2, 4, 6, 8]
+    return monitor.history
+
+
+def values(history, key):
+    return [record[key] for record in history]
+
+
+def test_csv(tmp_path):
+    history = fit(CSVLogger(tmp_path, name="", version=""))
+    with open(tmp_path / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["decay/total/penalty"]]
+    assert [(int(row["epoch"]), int(row["step"])) for row in rows] == [(0, 1), (0, 3), (1, 5), (1, 7)]
+    for key in KEYS:
+        assert [float(row[key]) for row in rows] == values(history, key)
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = fit(TensorBoardLogger(tmp_path, name="", version=""))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for key in KEYS:
+        assert [event.step for event in events.Scalars(key)] == [1, 3, 5, 7]
+        assert [event.value for event in events.Scalars(key)] == pytest.approx(values(history, key), rel=1e-6)
+    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    for name in (b"decay_rules/*.bias", b"decay_rules/slow/params", b"decay_rules/slow/weight_decay", b"decay_rules/*"):
+        assert name in content
+
+
+def test_mlflow(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger(tracking_uri=f"file:{tmp_path}")
+    history = fit(logger)
+    client = logger.experiment
+    for key in KEYS:
+        stored = sorted(client.get_metric_history(logger.run_id, key), key=lambda metric: metric.step)
+        assert [(metric.step, metric.value) for metric in stored] == list(zip([1, 3, 5, 7], values(history, key)))
+    # MLflow refuses `*` in names: the rules go by the names of their groups.
+    assert client.get_run(logger.run_id).data.params == {
+        "lr": "0.01",
+        "decay_rules/bias/params": "*.bias",
+        "decay_rules/bias/weight_decay": "0.0",
+        "decay_rules/slow/params": "['head.*', 'norm.*']",
+        "decay_rules/slow/weight_decay": "0.001",
+        "decay_rules/rest/params": "*",
+        "decay_rules/rest/weight_decay": "0.05",
+    }
+
+
+def leveldb_records(data, offset):
+    """The records of a log in LevelDB's format, which W&B's offline files keep to after a header of their own.
+
+    https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    record, position = b"", 0
+    while position + 7 <= len(data):
+        left = BLOCK - (position + offset) % BLOCK
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (FULL, LAST):
+            yield record
+            record = b""
+
+
+def test_wandb_offline(tmp_path):
+    from wandb.proto import wandb_internal_pb2
+
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    history = fit(logger)
+    logger.experiment.finish()
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    rows, config = [], {}
+    for data in leveldb_records(path.read_bytes()[7:], offset=7):
+        record = wandb_internal_pb2.Record.FromString(data)
+        rows.append(
+            {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        )
+        for update in [*record.run.config.update, *record.config.update]:
+            config[update.key or "/".join(update.nested_key)] = json.loads(update.value_json)
+    rows = [row for row in rows if "decay/total/penalty" in row]
+    assert [row["trainer/global_step"] for row in rows] == [1, 3, 5, 7]
+    for key in KEYS:
+        assert [row[key] for row in rows] == pytest.approx(values(history, key), rel=1e-12)
+    assert config["decay_rules"] == RULES
+
+
+def test_several_loggers_and_none(tmp_path):
+    loggers = [CSVLogger(tmp_path / "a", name="", version=""), CSVLogger(tmp_path / "b", name="", version="")]
+    fit(loggers)
+    assert (tmp_path / "a" / "metrics.csv").read_text() == (tmp_path / "b" / "metrics.csv").read_text()
+    fit(False)

@@ -1,0 +1,184 @@
+"""Selectors: what each takes, and what users are told where one takes nothing."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from helpers import Net, members
+from torch import nn
+
+from lightning_regdecay import DecayRule, build_decay_groups
+
+
+def vision():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2), nn.LayerNorm(2))
+
+
+def taken(model, **selectors):
+    groups = build_decay_groups(model, [DecayRule(0.1, group="taken", **selectors)])
+    return members(groups).get("taken", [])
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+class TestSelectors:
+    def test_a_glob_crosses_dots_and_must_match_the_whole_name(self):
+        model = nn.Sequential(vision(), nn.Linear(2, 2))
+        assert taken(model, params="0.*") == [name for name, _ in model.named_parameters() if name.startswith("0.")]
+        assert taken(model, params="?.weight") == ["1.weight"]
+        assert taken(model, params="0.[34].bias") == ["0.3.bias", "0.4.bias"]
+
+    def test_case_counts(self):
+        model = nn.ModuleDict({"Norm": nn.Linear(1, 1), "norm": nn.Linear(1, 1)})
+        assert taken(model, params="Norm.*") == ["Norm.weight", "Norm.bias"]
+
+    def test_a_regular_expression_is_searched(self):
+        assert taken(vision(), params=r"re:[03]\.w") == ["0.weight", "3.weight"]
+
+    def test_any_of_a_list_does(self):
+        assert taken(vision(), params=["*.bias", "3.*"]) == ["0.bias", "1.bias", "3.weight", "3.bias", "4.bias"]
+
+    @pytest.mark.parametrize(
+        ("modules", "layers"),
+        [
+            (nn.LayerNorm, "4"),
+            ("LayerNorm", "4"),
+            ("*Norm*", "14"),
+            ("_ConvNd", "0"),
+            ("re:^(Conv2d|Linear)$", "03"),
+            ([nn.Conv2d, "_BatchNorm"], "01"),
+            ("torch.nn.Linear", "3"),
+            ("torch.nn.modules.linear.Linear", "3"),
+            ("torch.nn.modules.*norm.*Norm*", "1"),
+            ("Module", "0134"),
+        ],
+    )
+    def test_modules_by_class_name_and_base(self, modules, layers):
+        model = vision()
+        expected = [name for name, _ in model.named_parameters() if name[0] in layers]
+        assert taken(model, modules=modules) == expected
+
+    def test_subclasses_are_taken_by_the_base(self):
+        model = nn.Sequential(MyLinear(2, 2), nn.Bilinear(2, 2, 2))
+        for selector in (nn.Linear, "Linear", "torch.nn.Linear", "MyLinear"):
+            assert taken(model, modules=selector) == ["0.weight", "0.bias"]
+
+    def test_dimensions(self):
+        model = vision()
+        assert taken(model, max_ndim=1) == [name for name, p in model.named_parameters() if p.ndim <= 1]
+        assert taken(model, min_ndim=2, max_ndim=3) == ["3.weight"]
+        assert taken(model, min_ndim=4) == ["0.weight"]
+
+    def test_predicate_gets_name_parameter_and_module(self):
+        model = vision()
+        seen = []
+
+        def where(name, parameter, module):
+            seen.append((name, parameter, module))
+            return parameter.numel() == 32
+
+        assert taken(model, where=where) == ["3.weight"]
+        assert ("3.weight", model[3].weight, model[3]) in seen
+
+    def test_all_selectors_must_hold(self):
+        assert taken(vision(), params="*.weight", modules="*Norm*", max_ndim=1) == ["1.weight", "4.weight"]
+
+    def test_a_tied_parameter_is_taken_by_any_of_its_names_and_owners(self):
+        model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5)})
+        model["head"].weight = model["embed"].weight
+        for selectors in ({"params": "head.weight"}, {"params": "embed.*"}, {"modules": "Embedding"}):
+            assert taken(model, **selectors) == ["embed.weight"]
+        assert taken(model, modules=nn.Linear) == ["embed.weight", "head.bias"]
+        # Name and owner must be of one place.
+        with pytest.raises(ValueError, match="no parameter passes all its selectors"):
+            taken(model, params="embed.*", modules="Linear")
+
+    def test_a_parametrized_weight_is_taken_by_its_plain_name(self):
+        model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)))
+        assert taken(model, params="*.weight", modules=nn.Linear) == ["0.parametrizations.weight.original"]
+
+
+def message(model, rules):
+    with pytest.raises(ValueError, match="decay rule") as error:
+        build_decay_groups(model, rules)
+    return str(error.value)
+
+
+class TestMessages:
+    def test_a_typo_names_the_nearest_parameter(self):
+        assert message(Net(), {"haed.*": 0.1, "*": 0.2}) == (
+            "decay rule 1 'haed.*' takes nothing: no parameter name matches 'haed.*'; nearest: 'head.weight'"
+        )
+        assert "nearest: 'norm.weight'" in message(Net(), {"*.wieght": 0.1, "norm.wight": 0.2})
+
+    def test_a_missing_wildcard_is_named(self):
+        assert message(Net(), {"bias": 0.1}).endswith("the whole name must match: did you mean '*bias'?")
+        assert message(Net(), {"head": 0.1}).endswith("did you mean 'head*'?")
+        assert message(Net(), {"eigh": 0.1}).endswith("did you mean '*eigh*'?")
+        lit = nn.ModuleDict({"net": nn.Sequential(nn.Linear(2, 2))})
+        assert message(lit, {"0.*": 0.1}).endswith("did you mean '*0.*'?")
+
+    def test_a_pattern_like_nothing_gets_some_names(self):
+        assert "nearest: 'body.weight', 'body.bias', 'norm.weight'" in message(Net(), {"zzz": 0.1})
+
+    def test_a_typo_inside_a_list_is_found_though_the_rule_takes_something(self):
+        text = message(Net(), [DecayRule(0.0, params=["*.bias", "*.scael"]), DecayRule(0.1)])
+        assert text.startswith("decay rule 1 '*.bias | *.scael' is wrong in part: no parameter name matches '*.scael'")
+        text = message(Net(), [DecayRule(0.0, modules=["Linear", "LayerNrm"]), DecayRule(0.1)])
+        assert "is wrong in part: no module is of a class 'LayerNrm'; did you mean 'LayerNorm'?" in text
+
+    def test_a_shadowed_rule_names_the_earlier_ones(self):
+        rules = {"head.*": 0.1, "*.weight": 0.2, "body.bias": 0.4, "*.bias": 0.3, "head.bias": 0.5, "body.*": 0.6}
+        assert message(Net(), rules).splitlines() == [
+            "decay rule 5 'head.bias' takes nothing: the 1 trainable parameters that it matches are all taken by "
+            "earlier rules, rule 1 'head.*'; the first match wins, so move it before them",
+            "decay rule 6 'body.*' takes nothing: the 2 trainable parameters that it matches are all taken by "
+            "earlier rules, rule 2 '*.weight', rule 3 'body.bias'; the first match wins, so move it before them",
+        ]
+
+    def test_a_class_that_no_module_has(self):
+        text = message(Net(), [DecayRule(0.1, modules="LayerNrom")])
+        assert text.endswith("no module is of a class 'LayerNrom'; did you mean 'LayerNorm'?")
+        text = message(Net(), [DecayRule(0.1, modules=nn.GRU)])
+        assert text.endswith("no module is of a class 'GRU'; known are LayerNorm, Linear, Net")
+
+    def test_a_class_that_owns_no_parameters(self):
+        text = message(nn.Sequential(vision()), [DecayRule(0.1, modules=nn.Sequential)])
+        assert "modules of class 'Sequential' own no parameters themselves" in text
+
+    def test_dimensions_that_no_parameter_has(self):
+        text = message(Net(), [DecayRule(0.1, min_ndim=3)])
+        assert text.endswith("no parameter passes all its selectors; the model's have 1, 2 dimensions")
+
+    def test_all_problems_come_at_once(self):
+        assert len(message(Net(), {"x": 0.1, "y": 0.1, "*": 0.1}).splitlines()) == 2
+
+    def test_strict_false_warns_and_goes_on(self):
+        with pytest.warns(UserWarning, match=re.escape("decay rule 1 'haed.*' takes nothing")):
+            groups = build_decay_groups(Net(), {"haed.*": 0.1, "*": 0.2}, strict=False)
+        assert [group.name for group in groups] == ["rest"]
+
+    def test_frozen_parameters_only_is_a_warning_as_finetuning_begins_so(self):
+        model = Net()
+        model.body.requires_grad_(False)
+        with pytest.warns(UserWarning, match="rule 1 'body.*' takes frozen parameters only"):
+            groups = build_decay_groups(model, {"body.*": 0.1, "*": 0.2})
+        assert members(groups) == {"rest": ["norm.weight", "norm.bias", "head.weight", "head.bias"]}
+
+    def test_a_typo_in_a_huge_model_is_answered_at_once(self):
+        model = nn.ModuleList(nn.Linear(1, 1, device="meta") for _ in range(20_000))
+        assert "nearest: '0.weight'" in message(model, {"*.wieght": 0.1})
+
+    def test_nothing_to_train(self):
+        with pytest.raises(ValueError, match="Linear has nothing to train: all its 2 parameters are frozen"):
+            build_decay_groups(nn.Linear(1, 1).requires_grad_(False), {"*": 0.1})
+        with pytest.raises(ValueError, match="ReLU has nothing to train: it has no parameters"):
+            build_decay_groups(nn.ReLU(), {"*": 0.1})
+
+    def test_a_failing_predicate_shows_its_own_error(self):
+        with pytest.raises(ZeroDivisionError):
+            build_decay_groups(torch.nn.Linear(1, 1), [DecayRule(0.1, where=lambda n, p, m: 1 / 0)])

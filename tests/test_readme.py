@@ -1,0 +1,103 @@
+"""The README and the examples do what they say."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import re
+from pathlib import Path
+
+import pytest
+from helpers import run_python
+
+import lightning_regdecay
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def namespace(tmp_path_factory):
+    """What the Python blocks of the README define, run in order as one program."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("readme"))
+        names: dict[str, object] = {}
+        for block in blocks("python"):
+            exec(block, names)
+        return names
+
+
+def test_the_python_blocks_run(namespace):
+    assert namespace["monitor"].history
+    config = namespace["LitSGD"]().configure_optimizers()
+    assert config["lr_scheduler"]["interval"] == "step"
+
+
+def test_the_printed_table_is_the_real_one(namespace):
+    assert blocks("text")[0].strip() == str(namespace["LitModel"]().decay_groups)
+
+
+def test_the_sessions_show_what_really_happens(namespace):
+    sessions = blocks("pycon")
+    assert len(sessions) >= 3
+    names = dict(namespace)
+    for number, session in enumerate(sessions):
+        test = doctest.DocTestParser().get_doctest(session, names, f"README session {number}", "README.md", 0)
+        runner = doctest.DocTestRunner(verbose=False)
+        runner.run(test, clear_globs=False)
+        names.update(test.globs)
+        assert runner.summarize(verbose=False).failed == 0
+
+
+def test_the_yaml_is_rules(namespace):
+    import yaml
+
+    (text,) = blocks("yaml")
+    rules = yaml.safe_load(text)["decay_rules"]
+    groups = lightning_regdecay.build_decay_groups(namespace["LitModel"](), rules)
+    assert [group.name for group in groups] == ["no_decay", "head", "rest"]
+
+
+def test_every_public_name_has_its_section():
+    headings = re.findall(r"^### `(\w+)", README, flags=re.MULTILINE)
+    assert sorted(headings) == sorted(lightning_regdecay.__all__)
+
+
+def test_the_example(tmp_path):
+    rules = {"*.bias": 0, "*norm*": 0, "*": "1e-1"}
+    output = run_python(
+        ROOT / "examples" / "digits.py",
+        "--epochs",
+        2,
+        "--decay-rules",
+        json.dumps(rules),
+        cwd=tmp_path,
+        timeout=120,
+        MPLBACKEND="Agg",
+    )
+    assert re.search(r"^rest +0.1 +\d+\.\d+ +\d+\.\d+$", output, flags=re.MULTILINE)
+    assert len(re.findall(r"^test accuracy with .*: +0\.\d+$", output, flags=re.MULTILINE)) == 2
+    assert (tmp_path / "decay.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.glob("logs/rules/version_0/events.out.tfevents.*"))
+    assert "decay/rest/l2_norm" in (tmp_path / "logs/rules-csv/version_0/metrics.csv").read_text()
+
+
+def test_the_example_takes_yaml_from_a_file(tmp_path):
+    (tmp_path / "rules.yaml").write_text("head.*: 1e-2\n'*': 0.1\n")
+    output = run_python(
+        ROOT / "examples" / "digits.py",
+        "--epochs",
+        1,
+        "--decay-rules",
+        "rules.yaml",
+        cwd=tmp_path,
+        timeout=120,
+        MPLBACKEND="Agg",
+    )
+    assert re.search(r"^head +0.01 ", output, flags=re.MULTILINE)

@@ -1,0 +1,229 @@
+"""Rules: every form means the same, every mistake has its message."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import yaml
+from omegaconf import OmegaConf
+from torch import nn
+
+from lightning_regdecay import DecayRule
+from lightning_regdecay.rules import parse_rules, plain_rules, safe_name
+
+
+def is_small(name, parameter, module):
+    return parameter.numel() < 100
+
+
+class TestForms:
+    def test_pattern_to_strength(self):
+        assert parse_rules({"*.bias": 0.0}) == (DecayRule(0.0, params="*.bias", group="bias"),)
+
+    def test_name_to_fields(self):
+        rules = parse_rules({"no_decay": {"params": ["*.bias", "*norm*"], "weight_decay": 0}})
+        assert rules == (DecayRule(0.0, params=["*.bias", "*norm*"], group="no_decay"),)
+
+    def test_name_to_rule(self):
+        assert parse_rules({"big": DecayRule(0.1, min_ndim=2)}) == (DecayRule(0.1, min_ndim=2, group="big"),)
+
+    def test_a_key_is_the_pattern_where_the_rule_has_no_selector(self):
+        expected = (DecayRule(0.1, params="head.*", group="head"),)
+        assert parse_rules({"head.*": {"weight_decay": 0.1}}) == expected
+        assert parse_rules({"head.*": DecayRule(0.1)}) == expected
+
+    def test_list_of_rules_or_their_fields(self):
+        expected = (DecayRule(0.0, params="*.bias", group="bias"), DecayRule(0.1, group="rest"))
+        assert parse_rules([DecayRule(0.0, params="*.bias"), DecayRule(0.1)]) == expected
+        assert parse_rules([{"params": "*.bias", "weight_decay": 0.0}, {"weight_decay": 0.1}]) == expected
+
+    def test_forms_mix_in_one_mapping(self):
+        rules = parse_rules({"a.*": 0.1, "b": {"params": "b.*", "decay_mult": 2}, "c.*": DecayRule(0.3)})
+        assert [rule.group for rule in rules] == ["a", "b", "c"]
+
+    def test_yaml_json_and_omegaconf_mean_the_same(self):
+        rules = {
+            "*.bias": 0.0,
+            "slow": {"params": ["a.*", "b.*"], "weight_decay": 1e-3, "options": {"lr": 1e-4, "betas": [0.9, 0.99]}},
+            "*": {"decay_mult": 0.5},
+        }
+        text = """
+            "*.bias": 0.0
+            slow: {params: [a.*, b.*], weight_decay: 1e-3, options: {lr: 1e-4, betas: [0.9, 0.99]}}
+            "*": {decay_mult: 0.5}
+        """
+        assert yaml.safe_load(text)["slow"]["weight_decay"] == "1e-3"  # PyYAML's reading
+        expected = parse_rules(rules)
+        assert parse_rules(yaml.safe_load(text)) == expected
+        assert parse_rules(json.loads(json.dumps(rules))) == expected
+        assert parse_rules(OmegaConf.create(rules)) == expected
+
+    def test_omegaconf_interpolations_are_resolved(self):
+        config = OmegaConf.create({"base": 0.1, "decay_rules": {"*.bias": 0.0, "*": "${base}"}})
+        assert parse_rules(config.decay_rules)[1].weight_decay == 0.1
+
+    @pytest.mark.parametrize("number", [1, "1", " 1.0 ", "1e0", np.float32(1), np.int64(1), Fraction(1)])
+    def test_numbers_of_every_kind(self, number):
+        (rule,) = parse_rules({"*": number})
+        assert rule.weight_decay == 1.0
+        assert type(rule.weight_decay) is float
+
+    def test_rules_are_frozen_and_compare_by_value(self):
+        rule = DecayRule(0.1, params="*.bias", options={"lr": 1e-3})
+        assert rule == DecayRule("0.1", params=["*.bias"], options={"lr": "1e-3"})
+        assert hash(rule) == hash(DecayRule(0.1, params="*.bias", options={"lr": 1e-3}))
+        with pytest.raises(AttributeError):
+            rule.weight_decay = 0.2
+
+    def test_a_rule_is_not_changed_by_what_it_was_made_of(self):
+        patterns, options = ["a"], {"lr": 1.0}
+        rule = DecayRule(0.1, params=patterns, options=options)
+        patterns.append("b")
+        options["lr"] = 2.0
+        assert rule == DecayRule(0.1, params="a", options={"lr": 1.0})
+
+
+class TestGroupNames:
+    @pytest.mark.parametrize(
+        ("pattern", "name"),
+        [
+            ("*.bias", "bias"),
+            ("*norm*", "norm"),
+            ("head.*", "head"),
+            ("encoder.*.weight", "encoder.weight"),
+            ("*", "rest"),
+            ("*.*", "rest"),
+            ("0.*", "0"),
+            ("layer[0-3].?ias", "layer.ias"),
+            ("re:.*", "rest"),
+            (r"re:\.bias$", "bias"),
+            (r"re:layers\.\d+\.(q|k)_proj", "layers.q_k_proj"),
+            ("a b/c:d", "a_b_c_d"),
+            ("größe", "gr__e"),
+        ],
+    )
+    def test_from_a_pattern(self, pattern, name):
+        (rule,) = parse_rules({pattern: 0.1})
+        assert rule.group == name == safe_name(pattern)
+
+    def test_a_clash_gets_a_number(self):
+        rules = parse_rules({"*.bias": 0.0, "*bias": 0.1, "bias*": 0.2})
+        assert [rule.group for rule in rules] == ["bias", "bias_2", "bias_3"]
+
+    def test_a_given_group_keeps_its_name_in_a_clash(self):
+        rules = parse_rules([DecayRule(0.1, params="bias"), DecayRule(0.2, params="x", group="bias")])
+        assert [rule.group for rule in rules] == ["bias_2", "bias"]
+
+    def test_total_is_kept_for_the_sum(self):
+        assert parse_rules({"total.*": 0.1})[0].group == "total_2"
+        with pytest.raises(ValueError, match="group 'total' would clash with the logged total"):
+            DecayRule(0.1, group="total")
+
+    def test_without_patterns_from_what_else_selects(self):
+        rules = parse_rules(
+            [
+                DecayRule(0.1, modules=["*Norm*", nn.Linear]),
+                DecayRule(0.1, min_ndim=2, max_ndim=3),
+                DecayRule(0.1, where=is_small),
+                DecayRule(0.1, where=lambda n, p, m: True),
+                DecayRule(0.1),
+            ]
+        )
+        assert [rule.group for rule in rules[:3]] == ["Norm_Linear", "min_ndim_2_max_ndim_3", "is_small"]
+        assert rules[4].group == "rest"
+        assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", rule.group) for rule in rules)
+
+    def test_rules_that_share_a_group(self):
+        rules = parse_rules(
+            [DecayRule(0.0, params="*.bias", group="no decay"), DecayRule(0.0, max_ndim=1, group="no decay")]
+        )
+        assert [rule.group for rule in rules] == ["no_decay", "no_decay"]
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("rules", "error", "message"),
+        [
+            (5, TypeError, "decay rules are a mapping or a list of rules, got int 5"),
+            ("*: 0.1", TypeError, "text must be read first, with yaml.safe_load or json.loads"),
+            ({3: 0.1}, TypeError, "got the key 3; write '3'"),
+            ([0.1], TypeError, r"rule 1 of the list must be a DecayRule or a mapping of its fields, got 0.1; write"),
+            ({"*": -1}, ValueError, r"decay rule '\*': weight_decay must be a finite number of at least 0, got -1"),
+            ({"*": math.nan}, ValueError, "weight_decay must be a finite number of at least 0, got nan"),
+            ({"*": math.inf}, ValueError, "weight_decay must be a finite number of at least 0, got inf"),
+            ({"*": "inf"}, ValueError, "weight_decay must be a finite number of at least 0, got 'inf'"),
+            ({"*": True}, TypeError, "weight_decay must be a number, got True of type bool"),
+            ({"*": "strong"}, ValueError, "weight_decay must be a number, got the text 'strong'"),
+            ({"*": [0.1]}, TypeError, r"weight_decay must be a number, got \[0.1\] of type list"),
+            ({"*": None}, ValueError, "exactly one of weight_decay and decay_mult must be given, got neither"),
+            ({"*": {"weight_decay": 1, "decay_mult": 1}}, ValueError, "exactly one of .* must be given, got both"),
+            ({"*": {"decay_mult": -1}}, ValueError, "decay_mult must be a finite number of at least 0, got -1"),
+            ({"*": {"wieght_decay": 1}}, TypeError, "unknown field 'wieght_decay'; did you mean 'weight_decay'?"),
+            ({"*": {"xyz": 1}}, TypeError, "unknown field 'xyz'; known are decay_mult, group, "),
+            ({"re:(": 0.1}, ValueError, r"decay rule 're:\(': bad regular expression 're:\(': missing \)"),
+            ([{"weight_decay": 1, "params": ""}], ValueError, "rule 1 of the list: params holds an empty pattern"),
+            ([{"weight_decay": 1, "params": [3]}], TypeError, "params must be str, or a list of them, got 3"),
+            ([{"weight_decay": 1, "params": 3}], TypeError, "params must be a pattern or a list of patterns, got 3"),
+            ([{"weight_decay": 1, "modules": nn.ReLU()}], TypeError, r"modules must be .*, got ReLU\(\)"),
+            ([{"weight_decay": 1, "min_ndim": "2"}], TypeError, "min_ndim must be a whole number .*, got '2'"),
+            ([{"weight_decay": 1, "max_ndim": True}], TypeError, "max_ndim must be a whole number .*, got True"),
+            ([{"weight_decay": 1, "max_ndim": -1}], ValueError, "max_ndim must be at least 0, got -1"),
+            ([{"weight_decay": 1, "min_ndim": 3, "max_ndim": 2}], ValueError, "min_ndim=3 is above max_ndim=2"),
+            (
+                [{"weight_decay": 1, "where": "f"}],
+                TypeError,
+                "got the text 'f': YAML and checkpoints keep only the name",
+            ),
+            ([{"weight_decay": 1, "where": 3}], TypeError, "where must be a function where.*, got 3"),
+            ([{"weight_decay": 1, "group": 3}], TypeError, "group must be a name .*, got 3"),
+            ([{"weight_decay": 1, "options": 3}], TypeError, "options must be a mapping of the optimizer's options"),
+            ([{"weight_decay": 1, "options": {3: 1}}], TypeError, "options must have text as keys, got 3"),
+            ([{"weight_decay": 1, "options": {"params": 1}}], ValueError, "options may not hold 'params'"),
+        ],
+    )
+    def test_has_a_message_of_its_own(self, rules, error, message):
+        with pytest.raises(error, match=message):
+            parse_rules(rules)
+
+    @pytest.mark.parametrize(("field", "value"), [("weight_decay", 0.2), ("options", {"lr": 0.1}), ("decay_mult", 0.1)])
+    def test_rules_of_one_group_that_disagree(self, field, value):
+        other = {"weight_decay": 0.1, field: value}
+        if field == "decay_mult":
+            del other["weight_decay"]
+        rules = [DecayRule(0.1, params="a", group="g"), DecayRule(**other, params="b", group="g")]
+        with pytest.raises(ValueError, match="the rules 'a' and 'b' share the group 'g' but disagree on "):
+            parse_rules(rules)
+
+
+class TestPlainData:
+    def test_plain_rules_stay_as_they_are(self):
+        rules = {"*.bias": 0.0, "x": {"params": ["a", "b"], "weight_decay": "1e-3"}, "*": 1}
+        assert plain_rules(rules) == rules
+
+    def test_rules_with_objects_become_plain_and_mean_the_same(self):
+        rules = {
+            "norm": DecayRule(0, modules=[nn.LayerNorm, "*BatchNorm*"]),
+            "big": DecayRule(np.float64(0.1), min_ndim=2, options={"betas": (0.9, 0.99)}),
+        }
+        plain = plain_rules(rules)
+        assert plain == yaml.safe_load(yaml.safe_dump(plain))
+        assert plain == {
+            "norm": {"weight_decay": 0.0, "modules": ["torch.nn.modules.normalization.LayerNorm", "*BatchNorm*"]},
+            "big": {"weight_decay": 0.1, "min_ndim": 2, "options": {"betas": [0.9, 0.99]}},
+        }
+        assert parse_rules(plain)[1] == parse_rules(rules)[1]
+
+    def test_a_predicate_is_stored_as_text_that_says_so_when_used(self):
+        plain = plain_rules([DecayRule(0.0, where=is_small)])
+        assert plain[0]["where"].endswith("test_rules.is_small>")
+        with pytest.raises(TypeError, match="pass the rules with the function again, in code"):
+            parse_rules(plain)
+
+    def test_repr_is_code_that_makes_the_rule(self):
+        rule = DecayRule(0.1, params=["a", "b"], min_ndim=2, options={"lr": 0.1})
+        assert eval(repr(rule)) == rule
