@@ -58,6 +58,8 @@ def main(devices: int, out: Path) -> None:
         "counted_by_hand": counted,
     }
     (out / f"{devices}-{run.global_rank}.json").write_text(json.dumps(report))
+    if dist.is_initialized():
+        dist.destroy_process_group()  # gloo's threads may abort a process that exits with them running
 
 
 if __name__ == "__main__":
