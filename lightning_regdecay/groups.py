@@ -10,7 +10,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_regdecay.matching import Matcher, listed, nearest_names, problem_of
-from lightning_regdecay.parameters import ModelParameter, model_parameters
+from lightning_regdecay.parameters import ModelParameter, model_parameters, original_shape
 from lightning_regdecay.rules import DecayRule, DecayRules, parse_rules, unique_name
 
 TABLE_HEADER = ("group", "rule", "tensors", "parameters", "weight_decay", "lr")
@@ -40,8 +40,8 @@ class DecayGroup:
 
     @property
     def numel(self) -> int:
-        """The number of scalar parameters."""
-        return sum(parameter.numel() for parameter in self.params.values())
+        """The number of scalar parameters, of the whole parameters where they are sharded."""
+        return sum(original_shape(parameter).numel() for parameter in self.params.values())
 
     @property
     def strength_text(self) -> str:
@@ -223,7 +223,7 @@ def _problems(
 def table_row(name: str, rule: str, parameters: Iterable[Any], weight_decay: object, lr: object) -> list[str]:
     """The cells of one group in a table under ``TABLE_HEADER``."""
     parameters = list(parameters)
-    numel = sum(parameter.numel() for parameter in parameters)
+    numel = sum(original_shape(parameter).numel() for parameter in parameters)
     return [name, rule, f"{len(parameters):,}", f"{numel:,}", _cell(weight_decay), _cell(lr)]
 
 

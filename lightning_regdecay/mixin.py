@@ -13,6 +13,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_regdecay.groups import DecayGroups, build_decay_groups
+from lightning_regdecay.parameters import remember_flattened
 from lightning_regdecay.rules import DecayRules, did_you_mean, parse_rules, plain_rules
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class WeightDecayMixin(_Base):
     @property
     def decay_groups(self) -> DecayGroups:
         """The groups as the rules and the parameters stand now; prints as a table, ``.explain(name)`` tells why."""
+        trainer = getattr(self, "_trainer", None)
+        if trainer is not None and trainer.strategy.model is not None:
+            remember_flattened(trainer.strategy.model)  # FSDPStrategy puts its outermost wrapper around the module
         return build_decay_groups(self, self._rules_in_force(), strict=self.decay_strict)
 
     def configure_optimizers(self) -> Any:

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_regdecay.groups import TABLE_HEADER, format_table, table_row, total_row
 from lightning_regdecay.mixin import WeightDecayMixin
 from lightning_regdecay.norms import GroupL2Norm
+from lightning_regdecay.parameters import remember_flattened
 from lightning_regdecay.rules import safe_name, unique_name
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class WeightDecayMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table of the groups."""
+        remember_flattened(trainer.strategy.model or pl_module)
         if self.summary and trainer.is_global_zero:
             _print_table(self._table_rows(trainer, pl_module))
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_regdecay.parameters import is_sharded
+from lightning_regdecay.parameters import local_part
 
 _ROW = 128
 """Elements whose squares are added in float32: few enough that the sum is right to 1e-6 for any data. Longer sums are
@@ -36,11 +37,14 @@ class GroupL2Norm(Metric):
     ``update({name: tensors})`` adds tensors of any shape, device and floating or complex type to groups, ``compute()``
     returns ``{name: norm}`` as 0-d float64 tensors. The relative error is at most 1e-6 for float32 and 1e-5 for half
     types (against their stored values) at any size; no tensor is copied as a whole. NaN and infinity come out as they
-    are. Every process computes the same from replicated parameters, so nothing is synchronised.
+    are.
+
+    Of a sharded tensor (``DTensor``) each process adds the part that it holds; ``compute()`` then adds up the parts, in
+    one all-reduce of one number per group over all processes, each of which must take part. Where nothing is sharded,
+    as under DDP, every process has the whole and asks no other.
 
     Raises:
-        ValueError: for an update of a group that was not named.
-        NotImplementedError: for a sharded tensor (``DTensor``).
+        ValueError: for an update of a group that was not named, or a ``DTensor`` with pending sums.
 
     >>> metric = GroupL2Norm(["bias", "weight"])
     >>> metric.update({"bias": [torch.tensor([3.0, 4.0])], "weight": [torch.ones(8, 2)]})
@@ -51,15 +55,17 @@ class GroupL2Norm(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
-    sum_of_squares: Tensor
+    sums_of_squares: Tensor
 
     def __init__(self, groups: Iterable[str], **kwargs: Any) -> None:
-        super().__init__(**{"sync_on_compute": False, **kwargs})
+        synchronisation = {"dist_sync_fn": self._add_up_shards, "distributed_available_fn": self._is_sharded}
+        super().__init__(**{**synchronisation, **kwargs})
         self.groups = tuple(groups)
         if len(set(self.groups)) != len(self.groups):
             raise ValueError(f"group names must be unique, got {list(self.groups)}")
-        # The mean leaves a figure that all processes share as it is, should a user synchronise the metric.
-        self.add_state("sum_of_squares", torch.zeros(len(self.groups), dtype=torch.float64), dist_reduce_fx="mean")
+        # Of the tensors that this process has whole, and of those it has a part of.
+        self.add_state("sums_of_squares", torch.zeros(2, len(self.groups), dtype=torch.float64), dist_reduce_fx="sum")
+        self._shard_device: torch.device | None = None
 
     def update(self, tensors: Mapping[str, Iterable[Tensor]]) -> None:
         """Add tensors to groups.
@@ -70,13 +76,39 @@ class GroupL2Norm(Metric):
         unknown = [name for name in tensors if name not in self.groups]
         if unknown:
             raise ValueError(f"unknown groups {unknown}; this metric was made with {list(self.groups)}")
-        added = dict(zip(tensors, _sums_of_squares(list(tensors.values()))))
-        new = self.sum_of_squares.new_tensor([added.get(name, 0.0) for name in self.groups])
-        self.sum_of_squares = self.sum_of_squares + new  # not in place, as the state may be an inference tensor
+        parts: list[list[Tensor]] = []
+        places: list[tuple[int, int, float]] = []  # row and column of the state, and the weight there
+        for name, members in tensors.items():
+            by_shards: dict[int, list[Tensor]] = {}
+            for tensor in members:
+                part, shards = local_part(tensor)
+                by_shards.setdefault(shards, []).append(part)
+            for shards, of_group in by_shards.items():
+                parts.append(of_group)
+                # The same part lies on world size / shards processes, and counts once in the sum over all.
+                weight = shards / dist.get_world_size(self.process_group) if shards > 1 else 1.0
+                places.append((int(shards > 1), self.groups.index(name), weight))
+                if shards > 1:
+                    self._shard_device = of_group[0].device
+        added = torch.zeros_like(self.sums_of_squares, device="cpu")
+        for (row, column, weight), value in zip(places, _sums_of_squares(parts)):
+            added[row, column] += weight * value
+        # Not in place, as the state may be an inference tensor.
+        self.sums_of_squares = self.sums_of_squares + added.to(self.sums_of_squares.device)
 
     def compute(self) -> dict[str, Tensor]:
         """The norm of every group."""
-        return dict(zip(self.groups, self.sum_of_squares.sqrt().unbind()))
+        return dict(zip(self.groups, self.sums_of_squares.sum(dim=0).sqrt().unbind()))
+
+    def _is_sharded(self) -> bool:
+        return self._shard_device is not None
+
+    def _add_up_shards(self, state: Tensor, group: Any = None) -> list[Tensor]:
+        """The state with the shards of all processes, in a list as torchmetrics' own synchronisation returns it."""
+        whole, shards = state.unbind()
+        shards = shards.to(self._shard_device, copy=True)  # NCCL takes tensors of its device only
+        dist.all_reduce(shards, group=group)
+        return [torch.stack([whole, shards.to(whole.device)])]
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot the norms as torchmetrics does.
@@ -160,11 +192,6 @@ def _dot(vector: Tensor) -> Tensor:
 
 def _flat(tensor: Tensor) -> list[Tensor]:
     """The elements of a tensor as 1-d views, in the order of memory, which needs no copy; a norm asks for no other."""
-    if is_sharded(tensor):
-        raise NotImplementedError(
-            f"{type(tensor).__name__} is a part of a sharded parameter; norms of sharded parameters are not supported "
-            "yet"
-        )
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())

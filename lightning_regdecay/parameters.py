@@ -5,15 +5,18 @@ All knowledge of wrappers (and of shards) is here.
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _WRAPPED = {
     "_orig_mod",  # torch.compile
@@ -53,9 +56,14 @@ class ModelParameter:
         return [place.name for place in self.places]
 
     @property
+    def shape(self) -> torch.Size:
+        """The shape as the user defined it."""
+        return original_shape(self.parameter)
+
+    @property
     def ndim(self) -> int:
         """The number of dimensions as the user defined it."""
-        return self.parameter.ndim
+        return len(self.shape)
 
 
 def model_parameters(module: nn.Module) -> list[ModelParameter]:
@@ -65,18 +73,25 @@ def model_parameters(module: nn.Module) -> list[ModelParameter]:
         module: any module, on any device (the meta device included), wrapped or not.
 
     Raises:
-        ValueError: for a lazy parameter, which has no shape yet.
+        ValueError: for a lazy parameter, which has no shape yet, and for a model under FSDP1 that keeps only flat
+            parameters (``use_orig_params=False``).
 
     >>> layer = nn.Linear(2, 2)
     >>> [p.names for p in model_parameters(nn.Sequential(layer, nn.ReLU(), layer))]
     [['0.weight', '2.weight'], ['0.bias', '2.bias']]
     """
+    remember_flattened(module)
     places: dict[nn.Parameter, dict[str, Place]] = {}
     for parameter, place in _places(module):
         if is_lazy(parameter):
             raise ValueError(
                 f"parameter {place.name!r} of {type(place.module).__name__} has no shape yet (it is lazy); run one "
                 "batch through the model before the optimizer is built, for example in configure_model()"
+            )
+        if getattr(parameter, "_is_flat_param", False):
+            raise ValueError(
+                f"FSDP has put the parameters of {type(place.module).__name__} into one flat parameter, where names and "
+                "groups cannot be kept apart; wrap the model with use_orig_params=True"
             )
         places.setdefault(parameter, {}).setdefault(place.name, place)
     return [ModelParameter(parameter, tuple(named.values())) for parameter, named in places.items()]
@@ -114,6 +129,71 @@ def _originals(
             yield parameter, Place(owner_path + tensor_name, owner)
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor stands for a larger one, of which this process holds a part."""
-    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+class _Flattened(NamedTuple):
+    """What FSDP1 knows of a parameter that it has flattened and cut up."""
+
+    shape: torch.Size
+    handle: weakref.ReferenceType[Any]
+    """Its ``FlatParamHandle``."""
+
+
+_flattened: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""From parameter to ``_Flattened``. FSDP1 keeps this in its wrappers, where a parameter alone does not lead."""
+
+
+def remember_flattened(model: nn.Module) -> None:
+    """Note what the parameters of a model under FSDP1 were; needed once, from the outermost wrapper or further out."""
+    for module in model.modules():
+        handle = getattr(module, "_handle", None) if "_fsdp_wrapped_module" in module._modules else None
+        if handle is not None and handle.flat_param._params is not None:
+            for parameter, shape in zip(handle.flat_param._params, handle.flat_param._shapes):
+                _flattened[parameter] = _Flattened(shape, weakref.ref(handle))
+
+
+def _flattened_by_fsdp1(tensor: torch.Tensor) -> _Flattened | None:
+    if not getattr(tensor, "_fsdp_flattened", False):
+        return None
+    if tensor not in _flattened:
+        raise ValueError(
+            "a parameter was flattened by FSDP, and what it was is not known here; call build_decay_groups on the "
+            "model with its outermost FSDP wrapper first"
+        )
+    return cast("_Flattened", _flattened[tensor])
+
+
+def original_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of a parameter as the user defined it, also where this process holds a part of it, flattened."""
+    flattened = _flattened_by_fsdp1(tensor)
+    return tensor.shape if flattened is None else flattened.shape
+
+
+def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """What this process holds of a tensor, and into how many parts the whole is cut among all processes.
+
+    Args:
+        tensor: any tensor; a ``DTensor`` (FSDP2, tensor parallel, both) may be replicated over some dimensions of its
+            mesh and sharded over others, evenly or not.
+
+    Raises:
+        ValueError: for a ``DTensor`` of pending sums (``Partial``), which has no norm before they are added up, and for
+            a parameter under FSDP1 of an unknown model.
+        NotImplementedError: for a parameter under DeepSpeed ZeRO-3.
+    """
+    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+        return _local_part_of_dtensor(tensor)
+    if hasattr(tensor, "ds_id"):
+        raise NotImplementedError("norms of parameters under DeepSpeed ZeRO-3 are not supported yet")
+    flattened = _flattened_by_fsdp1(tensor)
+    handle = flattened.handle() if flattened is not None else None
+    # Between forward and backward, and under summon_full_params, the parameter is there as a whole.
+    if handle is None or not handle.uses_sharded_strategy or not handle.is_sharded(handle.flat_param):
+        return tensor, 1
+    return tensor, handle.process_group.size()
+
+
+def _local_part_of_dtensor(tensor: Any) -> tuple[torch.Tensor, int]:
+    mesh, placements = tensor.device_mesh, tensor.placements
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(f"a DTensor placed {placements} holds sums that are still pending: redistribute it first")
+    cut = [mesh.size(dim) for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    return tensor.to_local(), math.prod(cut)
