@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_regdecay.matching import Matcher, listed, nearest_names, problem_of
+from lightning_regdecay.names import unique_name
 from lightning_regdecay.parameters import ModelParameter, model_parameters, original_shape
-from lightning_regdecay.rules import DecayRule, DecayRules, parse_rules, unique_name
+from lightning_regdecay.rules import DecayRule, DecayRules, classes_of, parse_rules, patterns_of
 
 TABLE_HEADER = ("group", "rule", "tensors", "parameters", "weight_decay", "lr")
 _OWN = "optimizer's"
@@ -89,21 +90,17 @@ class DecayGroups(list[DecayGroup]):
     def __str__(self) -> str:
         return format_table(TABLE_HEADER, self.rows())
 
-    @property
-    def rule_texts(self) -> dict[str, str]:
-        """Group name to the selectors of the rule or rules that it is made of."""
-        texts: dict[str, list[str]] = {group.name: [] for group in self}
-        for rule in self._rules:
-            texts.get(str(rule.group), []).append(rule.selector_text)
-        return {name: " ; ".join(of_group) or "(no rule)" for name, of_group in texts.items()}
+    def rule_text(self, group: DecayGroup) -> str:
+        """The selectors of the rule, or rules, that a group is made of."""
+        return " ; ".join(rule.selector_text for rule in self._rules if rule.group == group.name) or "(no rule)"
 
     def rows(self) -> list[list[str]]:
         """The cells of the table, a row per group and one for all."""
-        texts = self.rule_texts
         rows = []
         for group in self:
             lr = group.rule.options.get("lr", _OWN) if group.rule else _OWN
-            rows.append(table_row(group.name, texts[group.name], group.params.values(), group.strength_text, lr))
+            text = self.rule_text(group)
+            rows.append(table_row(group.name, text, group.params.values(), group.strength_text, lr))
         return [*rows, total_row(parameter for group in self for parameter in group.params.values())]
 
     def explain(self, name: str) -> str:
@@ -113,6 +110,7 @@ class DecayGroups(list[DecayGroup]):
             name: the name of a parameter; any of its names where it is tied.
 
         Raises:
+            TypeError: for a name that is no text.
             KeyError: where the model has no parameter of that name.
 
         >>> print(build_decay_groups(nn.Linear(2, 1), {"bias": 0.0, "*": 0.1}).explain("weight"))
@@ -120,15 +118,17 @@ class DecayGroups(list[DecayGroup]):
           rule 1 'bias' does not take it: its name does not match 'bias'
           rule 2 '*' takes it
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name must be the name of a parameter (text), got {type(name).__name__}")
         parameter = next((p for p in self._parameters if name in p.names), None)
         if parameter is None:
             names = [known for p in self._parameters for known in p.names]
             raise KeyError(f"the model has no parameter {name!r}; nearest: {listed(nearest_names(name, names))}")
         owners = sorted({type(place.module).__name__ for place in parameter.places})
         head = f"{' = '.join(parameter.names)} ({parameter.ndim} dimensions, in {', '.join(owners)})"
-        if not parameter.parameter.requires_grad:
-            return f"{head} is frozen (requires_grad=False): it is in no group"
-        group = next(g for g in self if parameter.name in g.params)
+        group = next((g for g in self if parameter.name in g.params), None)
+        if group is None:
+            return f"{head} was frozen (requires_grad=False) when the groups were made: it is in none"
         lines = [f"{head} is in group {group.name!r}, weight_decay {group.strength_text}"]
         for number, rule in enumerate(self._rules, start=1):
             label = f"  rule {number} {rule.selector_text!r}"
@@ -156,7 +156,8 @@ def build_decay_groups(module: nn.Module, rules: DecayRules, *, strict: bool = T
         took. It prints as a table, and ``.explain(name)`` tells which rule took a parameter.
 
     Raises:
-        TypeError: for rules of an unknown form.
+        TypeError: for rules of an unknown form, or a module that is none.
+        RuntimeError: where a predicate of the user fails.
         ValueError: for a rule that takes nothing (a typo, or earlier rules took it all), a pattern or class name in a
             list that matches nothing, an uninitialised lazy parameter, a model with nothing to train.
 
@@ -166,6 +167,8 @@ def build_decay_groups(module: nn.Module, rules: DecayRules, *, strict: bool = T
     rest   *            1           6          0.05  optimizer's
     total               2           8
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}; pass the model itself")
     parsed = parse_rules(rules)
     parameters = model_parameters(module)
     trainable = [p for p in parameters if p.parameter.requires_grad]
@@ -175,11 +178,11 @@ def build_decay_groups(module: nn.Module, rules: DecayRules, *, strict: bool = T
 
     matchers = [Matcher(rule) for rule in parsed]
     taken_by = [next((i for i, m in enumerate(matchers) if m.takes(p)), None) for p in trainable]
-    problems = list(_problems(module, matchers, parameters, trainable, taken_by))
+    problems, remarks = _review(module, matchers, parameters, trainable, taken_by)
     if problems and strict:
         raise ValueError("\n".join(problems))
-    for problem in problems:
-        rank_zero_warn(problem)
+    for line in problems + remarks:
+        rank_zero_warn(line)
 
     default = unique_name("default", {str(rule.group) for rule in parsed})
     members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in [*(str(r.group) for r in parsed), default]}
@@ -191,33 +194,38 @@ def build_decay_groups(module: nn.Module, rules: DecayRules, *, strict: bool = T
     return DecayGroups(groups, parameters, parsed)
 
 
-def _problems(
+def _review(
     module: nn.Module,
     matchers: Sequence[Matcher],
     parameters: Sequence[ModelParameter],
     trainable: Sequence[ModelParameter],
     taken_by: Sequence[int | None],
-) -> Iterator[str]:
-    """What is wrong with the rules, a line each: rules that take nothing, patterns and classes that match nothing."""
+) -> tuple[list[str], list[str]]:
+    """What is wrong with the rules, a line each, and what is worth a remark only.
+
+    Wrong are rules that take nothing, and patterns and classes that match nothing.
+    """
+    problems, remarks = [], []
     used = set(taken_by)
     for index, matcher in enumerate(matchers):
         rule = matcher.rule
         label = f"decay rule {index + 1} {rule.selector_text!r}"
-        if index in used and len(rule.patterns) < 2 and len(rule.classes) < 2:
+        if index in used and len(patterns_of(rule)) < 2 and len(classes_of(rule)) < 2:
             continue
         problem = problem_of(matcher, module, parameters)
         if problem is not None:
-            yield f"{label} {'is wrong in part' if index in used else 'takes nothing'}: {problem}"
+            problems.append(f"{label} {'is wrong in part' if index in used else 'takes nothing'}: {problem}")
         elif index not in used:
             takers = [taker for p, taker in zip(trainable, taken_by) if taker is not None and matcher.takes(p)]
             if takers:
                 earlier = ", ".join(f"rule {i + 1} {matchers[i].rule.selector_text!r}" for i in sorted(set(takers)))
-                yield (
+                problems.append(
                     f"{label} takes nothing: the {len(takers)} trainable parameters that it matches are all taken by "
                     f"earlier rules, {earlier}; the first match wins, so move it before them"
                 )
             else:
-                rank_zero_warn(f"{label} takes frozen parameters only (requires_grad=False), so it makes no group")
+                remarks.append(f"{label} takes frozen parameters only (requires_grad=False), so it makes no group")
+    return problems, remarks
 
 
 def table_row(name: str, rule: str, parameters: Iterable[Any], weight_decay: object, lr: object) -> list[str]:
@@ -243,4 +251,4 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_regdecay.names import REGEX_PREFIX, hint, literal_text
 from lightning_regdecay.parameters import ModelParameter, Place
-from lightning_regdecay.rules import DecayRule, class_path, compile_pattern, did_you_mean, literal_text
+from lightning_regdecay.rules import DecayRule, class_path, classes_of, compile_pattern, patterns_of
 
 _MOST_NAMES = 5000  # compared on the way to a hint, so that a typo in a huge model is answered at once
 
@@ -45,11 +46,11 @@ class _Condition(NamedTuple):
 
 def _conditions(rule: DecayRule) -> Iterable[_Condition]:
     """The selectors of a rule as tests, the cheap ones first."""
-    if rule.patterns:
-        matches = [compile_pattern(pattern) for pattern in rule.patterns]
+    if patterns_of(rule):
+        matches = [compile_pattern(pattern) for pattern in patterns_of(rule)]
         yield _Condition(
             lambda parameter, place: any(match(place.name) for match in matches),
-            lambda parameter, place: f"its name does not match {listed(rule.patterns, ' or ')}",
+            lambda parameter, place: f"its name does not match {listed(patterns_of(rule), ' or ')}",
         )
     if rule.min_ndim is not None:
         least = rule.min_ndim
@@ -63,19 +64,29 @@ def _conditions(rule: DecayRule) -> Iterable[_Condition]:
             lambda parameter, place: parameter.ndim <= most,
             lambda parameter, place: f"it has {parameter.ndim} dimensions, above max_ndim={most}",
         )
-    if rule.classes:
-        tests = [_class_test(selector) for selector in rule.classes]
-        wanted = listed(map(_class_text, rule.classes), " or ")
+    if classes_of(rule):
+        tests = [_class_test(selector) for selector in classes_of(rule)]
+        wanted = listed(map(_class_text, classes_of(rule)), " or ")
         yield _Condition(
             lambda parameter, place: any(test(type(place.module)) for test in tests),
             lambda parameter, place: f"its module is a {type(place.module).__name__}, not a {wanted}",
         )
     if rule.where is not None:
-        where = rule.where
         yield _Condition(
-            lambda parameter, place: where(place.name, parameter.parameter, place.module),
+            lambda parameter, place: _where(rule, parameter, place),
             lambda parameter, place: "where(...) is false for it",
         )
+
+
+def _where(rule: DecayRule, parameter: ModelParameter, place: Place) -> Any:
+    assert rule.where is not None
+    try:
+        return rule.where(place.name, parameter.parameter, place.module)
+    except Exception as error:
+        raise RuntimeError(
+            f"decay rule {rule.selector_text!r} failed on parameter {place.name!r} of {type(place.module).__name__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _class_test(selector: str | type) -> Callable[[type], bool]:
@@ -96,14 +107,14 @@ def _class_test(selector: str | type) -> Callable[[type], bool]:
 
 def _class_names(cls: type, selector: str) -> Iterable[str]:
     """The names of a class and its bases that a selector is held against: full ones if it has dots itself."""
-    dotted = "." in selector and not selector.startswith("re:")
+    dotted = "." in selector and not selector.startswith(REGEX_PREFIX)
     return [class_path(base) if dotted else base.__name__ for base in cls.__mro__ if base is not object]
 
 
 def _imported_class(path: str) -> type | None:
     """The class at a path like ``torch.nn.LayerNorm``. Nothing is imported: a model that has one has imported it."""
     module, _, name = path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
+    found = vars(sys.modules[module]).get(name) if module in sys.modules else None
     return found if isinstance(found, type) else None
 
 
@@ -114,11 +125,11 @@ def _class_text(selector: str | type) -> str:
 def problem_of(matcher: Matcher, module: nn.Module, parameters: Sequence[ModelParameter]) -> str | None:
     """What is wrong with a rule whatever the others take: a pattern, class or combination that nothing matches."""
     names = [name for p in parameters for name in p.names]
-    for pattern in matcher.rule.patterns:
+    for pattern in patterns_of(matcher.rule):
         if not any(map(compile_pattern(pattern), names)):
             return f"no parameter name matches {pattern!r}; {_pattern_hint(pattern, names)}"
     owners = dict.fromkeys(type(place.module) for p in parameters for place in p.places)
-    for selector in matcher.rule.classes:
+    for selector in classes_of(matcher.rule):
         test = _class_test(selector)
         if not any(map(test, owners)):
             return _class_problem(_class_text(selector), test, dict.fromkeys(type(m) for m in module.modules()))
@@ -135,15 +146,17 @@ def _class_problem(wanted: str, test: Callable[[type], bool], classes: Iterable[
             f"modules of class {wanted!r} own no parameters themselves, only those inside them do; select by the path, "
             "as in params='encoder.*'"
         )
-    return f"no module is of a class {wanted!r}; {did_you_mean(wanted, [cls.__name__ for cls in classes])}"
+    return f"no module is of a class {wanted!r}; {hint(wanted, [cls.__name__ for cls in classes])}"
 
 
 def _pattern_hint(pattern: str, names: Sequence[str]) -> str:
     """How to mend a pattern that matches no name: a wildcard that is missing, or a name that is near."""
-    if not pattern.startswith("re:"):
-        for candidate in (f"*{pattern}", f"{pattern}*", f"*{pattern}*"):
+    if not pattern.startswith(REGEX_PREFIX):
+        for candidate in (pattern.strip(), f"*{pattern}", f"{pattern}*", f"*{pattern}*"):
             if any(map(compile_pattern(candidate), names)):
                 return f"the whole name must match: did you mean {candidate!r}?"
+        if any(character in pattern for character in "|,{"):
+            return "a glob knows no alternatives: write a list of patterns, or a regular expression after 're:'"
     return f"nearest: {listed(nearest_names(pattern, names))}"
 
 

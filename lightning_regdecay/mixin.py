@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_regdecay.groups import DecayGroups, build_decay_groups
-from lightning_regdecay.parameters import remember_flattened
-from lightning_regdecay.rules import DecayRules, did_you_mean, parse_rules, plain_rules
+from lightning_regdecay.groups import DecayGroup, DecayGroups, build_decay_groups
+from lightning_regdecay.names import hint
+from lightning_regdecay.parameters import model_parameters, remember_flattened
+from lightning_regdecay.rules import DecayRules, copied_rules, nonnegative_number, plain_rules, rules_by_group
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -49,14 +49,25 @@ class WeightDecayMixin(_Base):
     """Whether a rule that takes nothing is an error; False makes it a warning."""
     _given_rules: tuple[DecayRules | None, DecayRules | None] = (None, None)
     """The rules of the hyperparameters, as they are stored and as they were given."""
+    _rule_texts: Mapping[tuple[str, ...], str] = MappingProxyType({})
+    """Names of the parameters of a group to the text of its rule, for the groups that the optimizer was built over."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(WeightDecayMixin)]
+        if any(base.__name__ == "LightningModule" for base in before):
+            raise TypeError(
+                f"WeightDecayMixin must come before LightningModule in the bases of {cls.__name__}: "
+                f"class {cls.__name__}(WeightDecayMixin, ...)"
+            )
 
     @property
     def decay_groups(self) -> DecayGroups:
         """The groups as the rules and the parameters stand now; prints as a table, ``.explain(name)`` tells why."""
-        trainer = getattr(self, "_trainer", None)
-        if trainer is not None and trainer.strategy.model is not None:
-            remember_flattened(trainer.strategy.model)  # FSDPStrategy puts its outermost wrapper around the module
-        return build_decay_groups(self, self._rules_in_force(), strict=self.decay_strict)
+        try:
+            return self._build_decay_groups()
+        except AttributeError as error:  # which torch would take for a missing attribute `decay_groups`
+            raise RuntimeError(f"decay_groups failed: {error}") from error
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the decay groups, with the learning rate scheduler where there is one.
@@ -69,12 +80,9 @@ class WeightDecayMixin(_Base):
                 optimizer does not have. See :func:`build_decay_groups`.
         """
         self._warn_of_unused_configuration()
-        groups = self.decay_groups
-        # Multiples of the optimizer's own weight decay are filled in below, when the optimizer is there to ask.
-        optimizer = self._checked_optimizer([group.as_param_group(weight_decay=0.0) for group in groups])
-        for group, param_group in zip(groups, optimizer.param_groups):
-            if group.rule is not None and group.rule.decay_mult is not None:
-                param_group["weight_decay"] = group.rule.decay_mult * optimizer.defaults["weight_decay"]
+        groups = self._build_decay_groups()
+        optimizer = self._build_checked_optimizer(groups)
+        self._rule_texts = {tuple(group.params): groups.rule_text(group) for group in groups}
         scheduler = self.build_lr_scheduler(optimizer)
         if scheduler is None:
             return optimizer
@@ -85,6 +93,8 @@ class WeightDecayMixin(_Base):
 
         Args:
             param_groups: one per decay group, with ``params``, ``param_names``, ``name``, ``weight_decay`` and options.
+                Groups of no rule, and of rules with ``decay_mult``, have no ``weight_decay``: the optimizer puts in its
+                own, which ``decay_mult`` then multiplies.
 
         Returns:
             What the callable ``self.optimizer`` makes of them, where one is set (LightningCLI's ``OptimizerCallable``),
@@ -140,7 +150,9 @@ class WeightDecayMixin(_Base):
         frame = frame or (current.f_back if current else None)
         super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
         given = self.hparams.get("decay_rules")
-        if given is not None:
+        # An OmegaConf object stays as it is: it belongs to the user, and holds plain data anyway.
+        if given is not None and isinstance(self.hparams, dict):
+            given = copied_rules(given)
             self.hparams["decay_rules"] = plain_rules(given)
             self._given_rules = (plain_rules(given), given)
 
@@ -148,23 +160,26 @@ class WeightDecayMixin(_Base):
     def hparams_initial(self) -> Any:
         """As in Lightning, for the loggers; the rules as plain data."""
         hparams = super().hparams_initial
-        rules = hparams.get("decay_rules")
-        if rules is not None:
-            hparams["decay_rules"] = self._loggable_rules(plain_rules(rules))
+        if isinstance(hparams, dict) and hparams.get("decay_rules") is not None:
+            hparams["decay_rules"] = self._loggable_rules(plain_rules(hparams["decay_rules"]))
         return hparams
 
     def _loggable_rules(self, rules: Any) -> Any:
         """Rules with keys that the trainer's loggers take."""
+        # LightningModule.trainer raises where there is no Trainer, _trainer does not.
         trainer = getattr(self, "_trainer", None)
         loggers = [] if trainer is None else trainer.loggers
-        # MLflow (3.17) refuses parameter names with `*`: it gets the groups' names as keys, the patterns as values.
-        if not any(cls.__name__ == "MLFlowLogger" for logger in loggers for cls in type(logger).__mro__):
-            return rules
-        if not isinstance(rules, Mapping):
-            return rules
-        return {rule.group: plain_rules(replace(rule, group=None)) for rule in parse_rules(self._rules_in_force())}
+        # MLflow (3.17) refuses parameter names with `*`.
+        has_mlflow = any(cls.__name__ == "MLFlowLogger" for logger in loggers for cls in type(logger).__mro__)
+        return rules_by_group(rules) if has_mlflow and isinstance(rules, Mapping) else rules
 
-    def _rules_in_force(self) -> DecayRules:
+    def _build_decay_groups(self) -> DecayGroups:
+        trainer = getattr(self, "_trainer", None)
+        if trainer is not None and trainer.strategy.model is not None:
+            remember_flattened(trainer.strategy.model)  # FSDPStrategy puts its outermost wrapper around the module
+        return build_decay_groups(self, self._active_rules(), strict=self.decay_strict)
+
+    def _active_rules(self) -> DecayRules:
         own: DecayRules | None = self.__dict__.get("decay_rules")
         if own is not None:
             return own
@@ -174,22 +189,22 @@ class WeightDecayMixin(_Base):
             return hyperparameter if given is None or hyperparameter != stored else given
         if self.decay_rules is None:
             raise ValueError(
-                f"{type(self).__name__} has no decay rules; set the class attribute, decay_rules = {{'*.bias': 0.0, "
-                "'*': 0.05}}, or the hyperparameter of that name ({} leaves all to the optimizer's own weight decay)"
+                f"{type(self).__name__} has no decay rules; set the class attribute, decay_rules = "
+                "{'*.bias': 0.0, '*': 0.05}, or save a hyperparameter of that name (rules from elsewhere: "
+                "self.decay_rules = ...); {} leaves all to the optimizer's own weight decay"
             )
         return self.decay_rules
 
     def _lr(self) -> float | None:
-        for holder in (self.__dict__, self.hparams):
-            for name in _LR_NAMES:
-                if holder.get(name) is not None:
-                    return float(holder[name])
+        for name in _LR_NAMES:
+            for value in (getattr(self, name, None), self.hparams.get(name)):
+                if value is not None:
+                    return nonnegative_number(name, value)
         return None
 
-    def _checked_optimizer(self, param_groups: list[dict[str, Any]]) -> Optimizer:
+    def _build_checked_optimizer(self, groups: DecayGroups) -> Optimizer:
         """The optimizer of ``build_optimizer``, if it decays weights by these groups."""
-        names = [group["name"] for group in param_groups]
-        options = {name: group["name"] for group in param_groups for name in group}
+        param_groups = [_without_multiple(group) for group in groups]
         try:
             optimizer = self.build_optimizer(param_groups)
         except ValueError as error:
@@ -202,24 +217,68 @@ class WeightDecayMixin(_Base):
         kind = type(optimizer).__name__
         if "weight_decay" not in optimizer.defaults:
             raise ValueError(_NO_WEIGHT_DECAY.format(optimizer=kind))
-        if [group.get("name") for group in optimizer.param_groups] != names:
+        names = [group.name for group in groups]
+        if [param_group.get("name") for param_group in optimizer.param_groups] != names:
             raise ValueError(
                 f"{kind} was not built over the decay groups {names}; build_optimizer must pass on the param_groups "
                 "that it is given"
             )
-        for option in options.keys() - {"params", "param_names", "name"} - optimizer.defaults.keys():
-            raise ValueError(
-                f"group {options[option]!r} has the option {option!r}, which {kind} does not know; "
-                f"{did_you_mean(option, optimizer.defaults)}"
-            )
+        for group, param_group in zip(groups, optimizer.param_groups):
+            self._finish_param_group(group, param_group, optimizer)
+        self._name_added_groups(optimizer)
         return optimizer
+
+    def _finish_param_group(self, group: DecayGroup, param_group: dict[str, Any], optimizer: Optimizer) -> None:
+        """Check the options of a group, and apply ``decay_mult`` to the optimizer's own weight decay."""
+        if group.rule is None:
+            return
+        for option in group.rule.options:
+            if option not in optimizer.defaults:
+                raise ValueError(
+                    f"group {group.name!r} has the option {option!r}, which {type(optimizer).__name__} does not know; "
+                    f"{hint(option, optimizer.defaults)}"
+                )
+        if group.rule.decay_mult is not None:
+            own = optimizer.defaults["weight_decay"]
+            if own == 0 and group.rule.decay_mult != 0:
+                rank_zero_warn(
+                    f"group {group.name!r} has decay_mult={group.rule.decay_mult:g}, a factor on the weight decay of "
+                    f"{type(optimizer).__name__}, which is 0: nothing decays; give the optimizer a weight_decay"
+                )
+            param_group["weight_decay"] = group.rule.decay_mult * own
+
+    def _name_added_groups(self, optimizer: Optimizer) -> None:
+        """Let groups without ``param_names`` join the optimizer later, as Lightning's finetuning callbacks add them.
+
+        torch (2.6 and later) refuses them beside groups that have ``param_names``.
+        """
+        add_param_group = optimizer.add_param_group
+
+        def add(param_group: dict[str, Any]) -> None:
+            if "param_names" not in param_group:
+                params = param_group["params"]
+                params = [params] if isinstance(params, torch.Tensor) else list(params)
+                param_group["params"] = params
+                if not any(isinstance(entry, tuple) for entry in params):
+                    names = {p.parameter: p.name for p in model_parameters(self)}
+                    param_group["param_names"] = [names.get(parameter, "") for parameter in params]
+            if "weight_decay" not in param_group:
+                rank_zero_warn(
+                    "a param group was added to the optimizer without a weight_decay: it gets the optimizer's own, "
+                    f"{optimizer.defaults['weight_decay']:g}, as decay rules are applied when the optimizer is built"
+                )
+            add_param_group(param_group)
+
+        optimizer.add_param_group = add  # type: ignore[method-assign]
 
     def _warn_of_unused_configuration(self) -> None:
         """Tell a user whose base class has optimizers of its own that these are not the ones in use."""
         bases = type(self).__mro__[type(self).__mro__.index(WeightDecayMixin) + 1 :]
-        base = next(base for base in bases if "configure_optimizers" in vars(base))
+        base = next((base for base in bases if "configure_optimizers" in vars(base)), None)
         chosen = type(self).build_optimizer is not WeightDecayMixin.build_optimizer
-        if base.__name__ != "LightningModule" and not chosen and getattr(self, "optimizer", None) is None:
+        if base is None or base.__name__ == "LightningModule":
+            return
+        if not chosen and getattr(self, "optimizer", None) is None:
             rank_zero_warn(
                 f"{base.__name__}.configure_optimizers is not used: WeightDecayMixin comes before it and builds AdamW "
                 "over the decay groups; override build_optimizer(param_groups) to build another"
@@ -227,3 +286,11 @@ class WeightDecayMixin(_Base):
 
 
 _NO_WEIGHT_DECAY = "{optimizer} knows no weight decay, so decay rules cannot work with it; use one such as AdamW or SGD"
+
+
+def _without_multiple(group: DecayGroup) -> dict[str, Any]:
+    """The param group, which leaves a multiple of the optimizer's own weight decay to be filled in."""
+    param_group = group.as_param_group(weight_decay=0.0)
+    if group.rule is not None and group.rule.decay_mult is not None:
+        del param_group["weight_decay"]
+    return param_group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +14,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_regdecay.groups import TABLE_HEADER, format_table, table_row, total_row
 from lightning_regdecay.mixin import WeightDecayMixin
+from lightning_regdecay.names import safe_name, unique_name
 from lightning_regdecay.norms import GroupL2Norm
 from lightning_regdecay.parameters import remember_flattened
-from lightning_regdecay.rules import safe_name, unique_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FIGURES = ("l2_norm", "penalty", "weight_decay")
+_METRICS = ("l2_norm", "penalty", "weight_decay")
 _LINEAR_SPAN = 20  # largest over smallest value that a linear axis still shows apart
 
 
@@ -83,17 +83,16 @@ class WeightDecayMonitor(Callback):
         """Take up the history of a checkpoint."""
         self.history = [dict(record) for record in state_dict["history"]]
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table of the groups."""
-        remember_flattened(trainer.strategy.model or pl_module)
-        if self.summary and trainer.is_global_zero:
-            _print_table(self._table_rows(trainer, pl_module))
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the history anew unless the run goes on from a checkpoint."""
+        """Start the history anew unless the run goes on from a checkpoint, and print the table of the groups."""
         if trainer.global_step == 0:
             self.history = []
         self._steps_seen = trainer.global_step
+        self._warned.clear()
+        remember_flattened(trainer.strategy.model or pl_module)
+        # Not in on_fit_start, where a resumed run does not hold the λ and lr of its checkpoint yet.
+        if self.summary and trainer.is_global_zero:
+            _print_table(self._table_rows(trainer, pl_module))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -102,17 +101,18 @@ class WeightDecayMonitor(Callback):
         step_is_due = self._step_is_due(trainer)
         # The last batch stands for the epoch: validation, which follows, and callbacks that monitor find fresh figures.
         if step_is_due or trainer.is_last_batch:
-            self._log(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            self._log(trainer, _logger_step(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put fresh figures where checkpoints are chosen."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not self._logged_at(trainer.global_step):
-            self._publish(trainer, self._figures(trainer))
+            self._publish(trainer, self._metrics(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the end of an epoch that ended before its last batch."""
         # By max_steps, or by -1 from on_train_batch_start.
-        self._log(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        if _logger_step(trainer) > 0:
+            self._log(trainer, _logger_step(trainer) - 1)
 
     def plot(self, ax: Sequence[Any] | None = None) -> tuple[Figure, Any]:
         """Plot the norm and the penalty of each group over the optimizer steps.
@@ -142,41 +142,42 @@ class WeightDecayMonitor(Callback):
         """Log the figures, once per optimizer step."""
         if self._logged_at(trainer.global_step):
             return
-        figures = self._figures(trainer)
-        self._publish(trainer, figures)
-        self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **figures})
+        metrics = self._metrics(trainer)
+        self._publish(trainer, metrics)
+        self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics})
         for logger in trainer.loggers:
             # The step that Lightning itself gives to what training logs, so that all of it shares one axis.
-            logger.log_metrics({**figures, "epoch": trainer.current_epoch}, step=logger_step)
+            logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=logger_step)
 
-    def _publish(self, trainer: Trainer, figures: dict[str, float]) -> None:
+    def _publish(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         """Where other callbacks, the progress bar and the user look for metrics."""
         device = trainer.strategy.root_device
-        values = torch.tensor(list(figures.values()), dtype=torch.float32, device=device).unbind()
-        tensors = dict(zip(figures, values))
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's MPS does not have
+        values = torch.tensor(list(metrics.values()), dtype=dtype, device=device).unbind()
+        tensors = dict(zip(metrics, values))
         trainer.callback_metrics.update(tensors)
         if trainer.loggers:
             trainer.logged_metrics.update(tensors)
         if self.prog_bar:
-            trainer.progress_bar_metrics.update(figures)
+            trainer.progress_bar_metrics.update(metrics)
 
-    def _figures(self, trainer: Trainer) -> dict[str, float]:
+    def _metrics(self, trainer: Trainer) -> dict[str, float]:
         """The logged values of this moment by key."""
         groups = dict(_live_groups(trainer))
-        metric = GroupL2Norm(groups)
-        metric.update({name: group["params"] for name, group in groups.items()})
-        norms = dict(zip(groups, torch.stack(list(metric.compute().values())).tolist())) if groups else {}
-        figures = {}
+        l2_norm = GroupL2Norm(groups)
+        l2_norm.update({name: group["params"] for name, group in groups.items()})
+        norms = {name: norm.item() for name, norm in l2_norm.compute().items()}
+        metrics = {}
         penalties = []
         for name, group in groups.items():
-            strength = float(group.get("weight_decay", 0.0))
+            weight_decay = _weight_decay(group)
             # No decay is no penalty, also where the norm is infinite.
-            penalties.append(0.5 * strength * norms[name] ** 2 if strength else 0.0)
-            for figure, value in zip(_FIGURES, (norms[name], penalties[-1], strength)):
-                figures[f"{self.prefix}/{name}/{figure}"] = value
+            penalties.append(0.5 * weight_decay * norms[name] ** 2 if weight_decay else 0.0)
+            for metric_name, value in zip(_METRICS, (norms[name], penalties[-1], weight_decay)):
+                metrics[f"{self.prefix}/{name}/{metric_name}"] = value
             self._warn_if_not_finite(name, norms[name])
-        figures[f"{self.prefix}/total/penalty"] = sum(penalties)
-        return figures
+        metrics[f"{self.prefix}/total/penalty"] = sum(penalties)
+        return metrics
 
     def _warn_if_not_finite(self, name: str, norm: float) -> None:
         if not math.isfinite(norm) and name not in self._warned:
@@ -185,19 +186,32 @@ class WeightDecayMonitor(Callback):
 
     def _table_rows(self, trainer: Trainer, pl_module: LightningModule) -> list[list[str]]:
         """The cells of the table at fit start, with the λ and the lr that the optimizers hold."""
-        rules = pl_module.decay_groups.rule_texts if isinstance(pl_module, WeightDecayMixin) else {}
+        rules = pl_module._rule_texts if isinstance(pl_module, WeightDecayMixin) else {}
         groups = dict(_live_groups(trainer))
         rows = [
             table_row(
                 name,
-                rules.get(group.get("name", ""), "-"),
+                rules.get(tuple(group.get("param_names", ())), "-"),
                 group["params"],
-                float(group.get("weight_decay", 0.0)),
+                _weight_decay(group),
                 float(group["lr"]) if "lr" in group else "-",
             )
             for name, group in groups.items()
         ]
         return [*rows, total_row(parameter for group in groups.values() for parameter in group["params"])]
+
+
+def _logger_step(trainer: Trainer) -> int:
+    """The step that Lightning gives to what is logged for this batch; after the batch it is one further.
+
+    No public attribute has it; Lightning's own callbacks, such as LearningRateMonitor, read it here too.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _weight_decay(group: dict[str, Any]) -> float:
+    """The λ of a param group, 0 for an optimizer that knows none."""
+    return float(group.get("weight_decay") or 0.0)
 
 
 def _live_groups(trainer: Trainer) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -221,16 +235,16 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
     try:
         from rich import print as print_rich
         from rich.table import Table
+        from rich.text import Text
     except ModuleNotFoundError:
         print(format_table(TABLE_HEADER, rows))
         return
     table = Table(title="Weight decay groups", title_justify="left")
     for number, title in enumerate(TABLE_HEADER):
         table.add_column(title, justify="left" if number < 2 else "right", overflow="fold")
-    for row in rows[:-1]:
-        table.add_row(*row)
-    table.add_section()
-    table.add_row(*rows[-1])
+    for number, row in enumerate(rows, start=1):
+        # As Text, since a pattern like `[ab]*` is markup to rich.
+        table.add_row(*map(Text, row), end_section=number == len(rows) - 1)
     print_rich(table)
 
 
@@ -240,9 +254,13 @@ def _plot(history: Sequence[dict[str, float]], prefix: str, ax: Sequence[Any] | 
     except ModuleNotFoundError:
         raise ModuleNotFoundError("plot() needs matplotlib: pip install matplotlib") from None
     if not history:
-        raise ValueError("nothing to plot: no figures were logged yet; call trainer.fit first")
+        raise ValueError(
+            "nothing to plot: no figures were logged yet; call trainer.fit first (what processes of ddp_spawn and "
+            "ddp_notebook log stays with them: plot there, or from a checkpoint)"
+        )
     if ax is None:
         _, ax = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
+    ax = list(ax) if isinstance(ax, Iterable) else [ax]
     if len(ax) != 2:
         raise ValueError(f"ax must be two axes, for the norms and for the penalties, got {len(ax)}")
     keys = dict.fromkeys(key for record in history for key in record if key.endswith("/l2_norm"))

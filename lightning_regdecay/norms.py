@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ _ROW = 128
 not, though random numbers hide it, as their rounding errors cancel: `torch.dot` of 2^18 equal values is 3e-5 off."""
 _PIECE = {torch.float32: 2**22, torch.float16: 2**17, torch.bfloat16: 2**17}
 """Elements per call. Half types are converted first, so the scratch memory stays under 1 MiB: 0.5 MiB of float32."""
-_IN_ROWS = _PIECE.keys()
 _MOST_NORMS = 2**16
 """Norms of rows that are kept before they are added up: 0.25 MiB, and 0.5 MiB as float64."""
 _WIDENED_PIECE = 2**17
@@ -44,7 +43,8 @@ class GroupL2Norm(Metric):
     as under DDP, every process has the whole and asks no other.
 
     Raises:
-        ValueError: for an update of a group that was not named, or a ``DTensor`` with pending sums.
+        TypeError: for one text in place of a list of names.
+        ValueError: for names that are not unique.
 
     >>> metric = GroupL2Norm(["bias", "weight"])
     >>> metric.update({"bias": [torch.tensor([3.0, 4.0])], "weight": [torch.ones(8, 2)]})
@@ -60,6 +60,8 @@ class GroupL2Norm(Metric):
     def __init__(self, groups: Iterable[str], **kwargs: Any) -> None:
         synchronisation = {"dist_sync_fn": self._add_up_shards, "distributed_available_fn": self._is_sharded}
         super().__init__(**{**synchronisation, **kwargs})
+        if isinstance(groups, str):
+            raise TypeError(f"groups must be a list of names, got the text {groups!r}; write [{groups!r}]")
         self.groups = tuple(groups)
         if len(set(self.groups)) != len(self.groups):
             raise ValueError(f"group names must be unique, got {list(self.groups)}")
@@ -72,7 +74,13 @@ class GroupL2Norm(Metric):
 
         Args:
             tensors: group name to tensors of any shape.
+
+        Raises:
+            TypeError: for anything but a mapping.
+            ValueError: for an unknown group.
         """
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"update takes a mapping of group names to tensors, got {type(tensors).__name__}")
         unknown = [name for name in tensors if name not in self.groups]
         if unknown:
             raise ValueError(f"unknown groups {unknown}; this metric was made with {list(self.groups)}")
@@ -97,7 +105,11 @@ class GroupL2Norm(Metric):
         self.sums_of_squares = self.sums_of_squares + added.to(self.sums_of_squares.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """The norm of every group."""
+        """The norm of every group.
+
+        Returns:
+            Group name to norm, a 0-d float64 tensor.
+        """
         return dict(zip(self.groups, self.sums_of_squares.sum(dim=0).sqrt().unbind()))
 
     def _is_sharded(self) -> bool:
@@ -130,13 +142,13 @@ def _sums_of_squares(groups: Sequence[Iterable[Tensor]]) -> list[float]:
     """The sum of |x|² of each group, with one transfer to the host per device."""
     parts: dict[tuple[int, torch.device], list[Tensor]] = {}
     for index, tensors in enumerate(groups):
-        for piece in (piece for tensor in tensors for piece in _flat(tensor)):
-            parts.setdefault((index, piece.device), []).append(piece)
-    sums = _to_host([_fast_sum_of_squares(pieces) for pieces in parts.values()])
-    for at, pieces in enumerate(parts.values()):
-        if not _TINY_SQUARE * sum(map(torch.numel, pieces)) < sums[at] < math.inf:
+        for tensor in tensors:
+            parts.setdefault((index, tensor.device), []).append(tensor)
+    sums = _to_host([_fast_sum_of_squares(of_part) for of_part in parts.values()])
+    for at, of_part in enumerate(parts.values()):
+        if not _TINY_SQUARE * sum(map(torch.numel, of_part)) < sums[at] < math.inf:
             # float32 squares overflow from 1.8e19 and lose bits below 1e-19; all zeros look like the latter.
-            sums[at] = _to_host([_exact_sum_of_squares(pieces)])[0]
+            sums[at] = _to_host([_exact_sum_of_squares(of_part)])[0]
     of_group = [[value for (i, _), value in zip(parts, sums) if i == index] for index in range(len(groups))]
     return [sum(values) for values in of_group]
 
@@ -153,13 +165,13 @@ def _to_host(values: Sequence[Tensor]) -> list[float]:
     return numbers
 
 
-def _fast_sum_of_squares(pieces: Iterable[Tensor]) -> Tensor:
+def _fast_sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     """At the speed of memory: float32 within rows of 128, float64 across them."""
     sums: list[Tensor] = []
     norms: list[Tensor] = []  # of rows, and single elements, which are their own norms
     kept = 0
-    for piece in pieces:
-        if piece.dtype not in _IN_ROWS:
+    for piece in (piece for tensor in tensors for piece in _flat(tensor)):
+        if piece.dtype not in _PIECE:
             sums.append(_exact_sum_of_squares([piece]))
             continue
         for part in torch.split(piece, _PIECE[piece.dtype]) if piece.numel() > _PIECE[piece.dtype] else [piece]:
@@ -179,8 +191,9 @@ def _fast_sum_of_squares(pieces: Iterable[Tensor]) -> Tensor:
     return torch.stack(sums).sum()
 
 
-def _exact_sum_of_squares(pieces: Iterable[Tensor]) -> Tensor:
+def _exact_sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     """In float64 throughout, for what float32 cannot hold."""
+    pieces = (piece for tensor in tensors for piece in _flat(tensor))
     return torch.stack([_dot(part) for piece in pieces for part in torch.split(piece, _WIDENED_PIECE)]).sum()
 
 
@@ -190,7 +203,7 @@ def _dot(vector: Tensor) -> Tensor:
     return torch.dot(wide, wide)
 
 
-def _flat(tensor: Tensor) -> list[Tensor]:
+def _flat(tensor: Tensor) -> Iterator[Tensor]:
     """The elements of a tensor as 1-d views, in the order of memory, which needs no copy; a norm asks for no other."""
     tensor = tensor.detach()
     if tensor.is_complex():
@@ -198,5 +211,10 @@ def _flat(tensor: Tensor) -> list[Tensor]:
     if tensor.ndim > 1:
         tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))  # channels_last and such
     if tensor.ndim <= 1 or tensor.is_contiguous():
-        return [tensor.reshape(-1)]
-    return [piece for row in tensor.unbind() for piece in _flat(row)]  # gaps in memory: row by row
+        yield tensor.reshape(-1)
+    elif tensor[0].numel() > _WIDENED_PIECE:
+        for row in tensor:
+            yield from _flat(row)
+    else:  # gaps in memory: copied, a few rows at a time
+        for rows in torch.split(tensor, _WIDENED_PIECE // max(tensor[0].numel(), 1)):
+            yield rows.reshape(-1)

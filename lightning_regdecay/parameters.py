@@ -90,8 +90,8 @@ def model_parameters(module: nn.Module) -> list[ModelParameter]:
             )
         if getattr(parameter, "_is_flat_param", False):
             raise ValueError(
-                f"FSDP has put the parameters of {type(place.module).__name__} into one flat parameter, where names and "
-                "groups cannot be kept apart; wrap the model with use_orig_params=True"
+                f"FSDP has put the parameters of {type(place.module).__name__} into one flat parameter, where names "
+                "and groups cannot be kept apart; wrap the model with use_orig_params=True"
             )
         places.setdefault(parameter, {}).setdefault(place.name, place)
     return [ModelParameter(parameter, tuple(named.values())) for parameter, named in places.items()]
@@ -102,22 +102,29 @@ def _places(
 ) -> Iterator[tuple[nn.Parameter, Place]]:
     """Every place of every parameter, in the order of ``named_parameters``; a module inside itself is not entered."""
     if isinstance(module, ParametrizationList):
-        yield from _originals(module, path, above[-2])
+        yield from _originals(module, path, owner=above[-2] if len(above) > 1 else module)
     else:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield parameter, Place(path + name, module)
-    wraps = isinstance(module, (DataParallel, DistributedDataParallel))
+    # named_children() leaves out a module that is there twice.
     for name, child in module._modules.items():
         if child is not None and child is not module and child not in above:
-            inside = path if name in _WRAPPED or wraps else f"{path}{name}."
+            inside = path if _is_wrapper(module) else f"{path}{name}."
             yield from _places(child, inside, (*above, module))
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """Whether a module was put around the user's and holds nothing else."""
+    return isinstance(module, (DataParallel, DistributedDataParallel)) or (
+        not module._parameters and bool(module._modules) and module._modules.keys() <= _WRAPPED
+    )
 
 
 def _originals(
     parametrizations: ParametrizationList, path: str, owner: nn.Module
 ) -> Iterator[tuple[nn.Parameter, Place]]:
-    """The tensors behind a parametrized weight (weight norm, LoRA, …): they also go by the weight's plain name.
+    """The tensors behind a parametrized weight (weight norm and the like): they also go by the weight's plain name.
 
     ``torch.nn.utils.parametrize`` moves ``fc.weight`` to ``fc.parametrizations.weight.original``; the user wrote a
     ``weight`` of ``fc``.
@@ -163,6 +170,8 @@ def _flattened_by_fsdp1(tensor: torch.Tensor) -> _Flattened | None:
 
 def original_shape(tensor: torch.Tensor) -> torch.Size:
     """The shape of a parameter as the user defined it, also where this process holds a part of it, flattened."""
+    if hasattr(tensor, "ds_shape"):  # DeepSpeed ZeRO-3 leaves empty tensors
+        return torch.Size(tensor.ds_shape)
     flattened = _flattened_by_fsdp1(tensor)
     return tensor.shape if flattened is None else flattened.shape
 

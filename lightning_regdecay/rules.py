@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import functools
 import math
@@ -10,13 +9,16 @@ import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from decimal import Decimal
 from typing import Any, TypeAlias, cast
+
+from lightning_regdecay.names import REGEX_PREFIX, hint, name_of_pattern, safe_name, unique_name
 
 DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any]
 """Rules in any form that users write: see :func:`parse_rules`."""
 
-_REGEX_PREFIX = "re:"
 _SET_BY_THE_RULE = {"params", "param_names", "name", "weight_decay"}
+_SELECTORS = {"params", "modules", "min_ndim", "max_ndim", "where"}
 _RESERVED_GROUPS = {"total"}  # `<prefix>/total/penalty` is the sum over all groups
 
 
@@ -63,8 +65,8 @@ class DecayRule:
 
     def __post_init__(self) -> None:
         checked = {
-            "weight_decay": _strength("weight_decay", self.weight_decay),
-            "decay_mult": _strength("decay_mult", self.decay_mult),
+            "weight_decay": nonnegative_number("weight_decay", self.weight_decay),
+            "decay_mult": nonnegative_number("decay_mult", self.decay_mult),
             "params": _selectors("params", self.params, (str,)),
             "modules": _selectors("modules", self.modules, (str, type)),
             "min_ndim": _ndim("min_ndim", self.min_ndim),
@@ -90,31 +92,15 @@ class DecayRule:
         return f"DecayRule({', '.join([repr(self.weight_decay)] * ('weight_decay' in given) + parts)})"
 
     @property
-    def patterns(self) -> tuple[str, ...]:
-        """The patterns of ``params``, one or many."""
-        return cast("tuple[str, ...]", self.params)
-
-    @property
-    def classes(self) -> tuple[str | type, ...]:
-        """The selectors of ``modules``, one or many."""
-        return cast("tuple[str | type, ...]", self.modules)
-
-    @property
-    def has_selector(self) -> bool:
-        """Whether the rule says itself which parameters it takes."""
-        others = self.min_ndim, self.max_ndim, self.where
-        return bool(self.patterns or self.classes) or any(selector is not None for selector in others)
-
-    @property
     def selector_text(self) -> str:
         """The selectors in one line, for tables and messages.
 
         >>> DecayRule(0.0, params=["*.bias", "*.scale"], max_ndim=1).selector_text
         '*.bias | *.scale & max_ndim=1'
         """
-        parts = [" | ".join(self.patterns)] if self.patterns else []
-        if self.classes:
-            parts.append("modules=" + " | ".join(c if isinstance(c, str) else c.__name__ for c in self.classes))
+        parts = [" | ".join(patterns_of(self))] if patterns_of(self) else []
+        if classes_of(self):
+            parts.append("modules=" + " | ".join(c if isinstance(c, str) else c.__name__ for c in classes_of(self)))
         parts += [f"{name}={bound}" for name, bound in self._bounds()]
         if self.where is not None:
             parts.append(f"where={_function_name(self.where)}")
@@ -188,11 +174,45 @@ def plain_rules(rules: Any) -> Any:
         return {name: plain_rules(_shorter(value)) for name, value in given_fields(rules).items()}
     if isinstance(rules, Mapping):
         return {plain_rules(key): plain_rules(value) for key, value in rules.items()}
-    if isinstance(rules, Iterable):
+    if hasattr(rules, "tolist"):  # of torch or NumPy
+        return plain_rules(rules.tolist())
+    if isinstance(rules, (Sequence, set, frozenset)):
         return [plain_rules(value) for value in rules]
     if isinstance(rules, type):
         return class_path(rules)
     return f"<{rules.__module__}.{_function_name(rules)}>" if callable(rules) else repr(rules)
+
+
+def copied_rules(rules: Any) -> Any:
+    """The same rules in containers of their own, so that the user's may change: ``dict`` and ``list``, nested."""
+    if isinstance(rules, Mapping):
+        return {key: copied_rules(value) for key, value in rules.items()}
+    if isinstance(rules, Sequence) and not isinstance(rules, (str, bytes)):
+        return [copied_rules(value) for value in rules]
+    return rules
+
+
+def rules_by_group(rules: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain rules with the names of their groups as keys, where patterns may not be keys.
+
+    >>> rules_by_group({"*.bias": 0.0, "head": {"params": "head.*", "decay_mult": 0.5}})
+    {'bias': {'params': '*.bias', 'weight_decay': 0.0}, 'head': {'params': 'head.*', 'decay_mult': 0.5}}
+    """
+    named: dict[str, Any] = {}
+    for key, value in rules.items():
+        given = value if isinstance(value, Mapping) else {"weight_decay": value}
+        named[unique_name(name_of_pattern(key), named)] = given if _has_selector(given) else {"params": key, **given}
+    return named
+
+
+def patterns_of(rule: DecayRule) -> tuple[str, ...]:
+    """The entries of ``params``, which a user may give as one or as many."""
+    return cast("tuple[str, ...]", rule.params)
+
+
+def classes_of(rule: DecayRule) -> tuple[str | type, ...]:
+    """The entries of ``modules``, which a user may give as one or as many."""
+    return cast("tuple[str | type, ...]", rule.modules)
 
 
 def given_fields(rule: DecayRule) -> dict[str, Any]:
@@ -208,45 +228,12 @@ def compile_pattern(pattern: str) -> Callable[[str], Any]:
     >>> bool(compile_pattern("*.bias")("body.0.bias")), bool(compile_pattern(r"re:\.[01]\.")("body.2.bias"))
     (True, False)
     """
-    if not pattern.startswith(_REGEX_PREFIX):
+    if not pattern.startswith(REGEX_PREFIX):
         return re.compile(fnmatch.translate(pattern)).match
     try:
-        return re.compile(pattern.removeprefix(_REGEX_PREFIX)).search
+        return re.compile(pattern.removeprefix(REGEX_PREFIX)).search
     except re.error as error:
         raise ValueError(f"bad regular expression {pattern!r}: {error}") from None
-
-
-def literal_text(pattern: str) -> str:
-    r"""A pattern less its wildcards and the dots that they leave bare.
-
-    >>> [literal_text(p) for p in ("*.bias", "encoder.*.weight", "layer[0-3].*", r"re:\.(q|k)_proj\.weight$", "*")]
-    ['bias', 'encoder.weight', 'layer', 'q_k_proj.weight', '']
-    """
-    if pattern.startswith(_REGEX_PREFIX):
-        text = re.sub(r"\\[A-Za-z]|(?<!\\)\.[*+?]|(?<!\\)\[[^]]*\]|\{[^}]*\}|\(\?\W?\w?|[\\^$*+?()]", "", pattern[3:])
-        text = text.replace("|", "_")
-    else:
-        text = re.sub(r"\[[^]]+\]|[*?]", "", pattern)
-    return ".".join(part for part in text.split(".") if part)
-
-
-def safe_name(text: str) -> str:
-    """A group name that every logger takes: letters, digits, ``_``, ``-`` and ``.`` only.
-
-    >>> [safe_name(text) for text in ("*.bias", "*norm*", "head.*", "encoder.*.weight", "*", "no decay")]
-    ['bias', 'norm', 'head', 'encoder.weight', 'rest', 'no_decay']
-    """
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", literal_text(text)) or "rest"
-
-
-def unique_name(name: str, taken: Iterable[str]) -> str:
-    """The name, or where it is taken the name with the first free number after it.
-
-    >>> unique_name("bias", {"bias", "bias_2"})
-    'bias_3'
-    """
-    numbered = (name if n == 1 else f"{name}_{n}" for n in range(1, len(list(taken)) + 2))
-    return next(candidate for candidate in numbered if candidate not in taken)
 
 
 def class_path(cls: type) -> str:
@@ -254,30 +241,24 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint for messages: the nearest of the known words, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
-
-
 def _from_item(key: Any, value: Any) -> tuple[str, DecayRule]:
-    """A rule from one item of a mapping, and the name that its group gets unless the rule names one."""
+    """The group's name, unless the rule gives one itself, and the rule of one item of a mapping."""
     if not isinstance(key, str):
         raise TypeError(f"decay rules map patterns or names (text) to rules, got the key {key!r}; write {str(key)!r}")
     if not isinstance(value, (DecayRule, Mapping)):  # {pattern: λ}
         value = {"weight_decay": value, "params": key} if value is not None else {}
     label = f"decay rule {key!r}"
     rule = _rule(label, value)
-    return safe_name(key), rule if rule.has_selector else _rule(label, {**given_fields(rule), "params": key})
+    given = given_fields(rule)
+    return name_of_pattern(key), rule if _has_selector(given) else _rule(label, {**given, "params": key})
 
 
 def _from_entry(index: int, entry: Any) -> tuple[str, DecayRule]:
-    """A rule from one entry of a list, and the name that its group gets unless the rule names one."""
+    """The group's name, unless the rule gives one itself, and the rule of one entry of a list."""
     if not isinstance(entry, (DecayRule, Mapping)):
         raise TypeError(
             f"decay rule {index + 1} of the list must be a DecayRule or a mapping of its fields, got {entry!r}; "
-            f"write DecayRule({entry!r}, params=...) or use the mapping {{pattern: weight_decay}}"
+            "write DecayRule(0.05, params='*.weight'), or use the mapping {'*.weight': 0.05}"
         )
     rule = _rule(f"decay rule {index + 1} of the list", entry)
     return _name_from_selectors(rule), rule
@@ -290,21 +271,28 @@ def _rule(label: str, value: DecayRule | Mapping[str, Any]) -> DecayRule:
     known = [f.name for f in fields(DecayRule)]
     for name in value:
         if name not in known:
-            raise TypeError(f"{label}: unknown field {name!r}; {did_you_mean(str(name), known)}")
+            raise TypeError(
+                f"{label}: unknown field {name!r}; {hint(str(name), known)}; options of the optimizer, such as lr, go "
+                "into options"
+            )
     try:
         return DecayRule(**value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{label}: {error}") from None
 
 
+def _has_selector(fields: Iterable[str]) -> bool:
+    return not _SELECTORS.isdisjoint(fields)
+
+
 def _name_from_selectors(rule: DecayRule) -> str:
     """The group's name of a rule that has none: from its patterns, else its classes, its dimensions, its predicate."""
-    if rule.patterns:
-        return "_".join(safe_name(pattern) for pattern in rule.patterns)
-    if rule.classes:
-        return "_".join(safe_name(c if isinstance(c, str) else c.__name__) for c in rule.classes)
-    bounds = [f"{name}_{bound}" for name, bound in rule._bounds()]
-    return safe_name("_".join(bounds) or (_function_name(rule.where) if rule.where else "*"))
+    if patterns_of(rule):
+        return "_".join(map(name_of_pattern, patterns_of(rule)))
+    if classes_of(rule):
+        return "_".join(name_of_pattern(c if isinstance(c, str) else c.__name__) for c in classes_of(rule))
+    bounds = "_".join(f"{name}_{bound}" for name, bound in rule._bounds())
+    return bounds or (safe_name(_function_name(rule.where)) if rule.where else name_of_pattern("*"))
 
 
 def _check_agreement(rules: Sequence[DecayRule]) -> None:
@@ -320,10 +308,11 @@ def _check_agreement(rules: Sequence[DecayRule]) -> None:
                 )
 
 
-def _strength(name: str, value: Any) -> float | None:
+def nonnegative_number(name: str, value: Any) -> float | None:
+    """A coefficient from a number or its text; None where it is not given."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, str)):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal, str)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     number = _number(value)
     if number is None:
@@ -339,6 +328,8 @@ def _number(value: Any) -> float | None:
         return float(value)
     except ValueError:
         return None
+    except OverflowError:
+        return math.inf
 
 
 def _selectors(name: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
@@ -348,24 +339,28 @@ def _selectors(name: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...
     if not isinstance(entries, Iterable) or isinstance(entries, Mapping):
         raise TypeError(f"{name} must be a pattern or a list of patterns, got {value!r}")
     entries = tuple(entries)
+    if not entries and value != ():
+        raise ValueError(f"{name} is an empty list, which matches nothing; leave it out to select by other means")
     for entry in entries:
         if not isinstance(entry, kinds):
             raise TypeError(
                 f"{name} must be {' or '.join(k.__name__ for k in kinds)}, or a list of them, got {entry!r}"
             )
-        if entry == "":
-            raise ValueError(f"{name} holds an empty pattern, which matches nothing; write '*' for everything")
+        if entry in ("", REGEX_PREFIX):
+            raise ValueError(f"{name} holds an empty pattern; write '*' for everything")
         if isinstance(entry, str):
             compile_pattern(entry)
     return entries
 
 
 def _ndim(name: str, value: Any) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number of dimensions, got {value!r}")
-    if value is not None and value < 0:
+    if value < 0:
         raise ValueError(f"{name} must be at least 0, got {value!r}")
-    return value
+    return int(value)
 
 
 def _predicate(value: Any) -> Callable[..., bool] | None:
@@ -400,11 +395,14 @@ def _options(value: Any) -> dict[str, Any]:
             raise TypeError(f"options must have text as keys, got {name!r}")
         if name in _SET_BY_THE_RULE:
             raise ValueError(f"options may not hold {name!r}: the rule itself sets it")
-    return {name: _option(option) for name, option in value.items()}
+    options = {name: _option(option) for name, option in value.items()}
+    if isinstance(options.get("lr"), (numbers.Real, str)):  # not a tensor, which torch takes too
+        options["lr"] = nonnegative_number("lr", options["lr"])  # torch checks its defaults only
+    return options
 
 
 def _option(value: Any) -> Any:
-    """An option as an optimizer takes it: numbers that came as text (YAML's ``1e-3``) are numbers, lists are lists."""
+    """An option as an optimizer takes it: numbers that came as text (YAML's ``1e-3``) are numbers, lists are tuples."""
     if isinstance(value, str):
         number = _number(value)
         return value if number is None else number

@@ -13,6 +13,7 @@ from helpers import Net, digits, members
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_regdecay import DecayGroup, DecayRule, build_decay_groups
 
@@ -69,7 +70,8 @@ class TestTrainsLikeGroupsWrittenByHand:
         trained = train(ours, build([group.as_param_group() for group in groups]))
         expected = train(theirs, build(by_hand(theirs, assignment)))
         assert all(map(torch.equal, trained, expected))
-        uniform = train(copy.deepcopy(model), build(model.parameters()), steps=1)
+        other = copy.deepcopy(model)
+        uniform = train(other, build(other.parameters()))
         assert not torch.equal(trained[0], uniform[0])
 
     def test_a_hand_picked_pattern_that_picks_nothing_is_an_error(self):
@@ -121,6 +123,11 @@ class TestMembership:
         with torch.device("meta"):
             model = Net()
         assert members(build_decay_groups(model, {"*": 0.1})) == {"rest": [n for n, _ in model.named_parameters()]}
+
+    @pytest.mark.parametrize("module", [None, [torch.ones(1)], torch.optim.SGD([torch.ones(1)])])
+    def test_of_something_else_than_a_module(self, module):
+        with pytest.raises(TypeError, match=r"module must be a torch.nn.Module, got \w+; pass the model itself"):
+            build_decay_groups(module, {"*": 0.1})
 
 
 class TestParamGroups:
@@ -196,7 +203,12 @@ class TestExplanations:
         model = Net()
         model.body.requires_grad_(False)
         groups = build_decay_groups(model, {"*": 0.1})
-        assert groups.explain("body.weight").endswith("is frozen (requires_grad=False): it is in no group")
+        frozen = "was frozen (requires_grad=False) when the groups were made: it is in none"
+        assert groups.explain("body.weight").endswith(frozen)
+        model.body.requires_grad_(True)
+        assert groups.explain("body.weight").endswith(frozen)
+        with pytest.raises(TypeError, match="name must be the name of a parameter"):
+            groups.explain(model.body.weight)
         with pytest.raises(KeyError, match=r"no parameter 'head\.wieght'; nearest: 'head\.weight'"):
             groups.explain("head.wieght")
 
@@ -234,7 +246,20 @@ def module_trees(draw, depth=3):
 
 
 PATTERNS = st.sampled_from(
-    ["*", "*.bias", "*bias", "*norm*", "head.*", "*weight", "*.a.*", "x0*", "*?.weight", "*[xa]*"]
+    [
+        "*",
+        "*.bias",
+        "*bias",
+        "*norm*",
+        "head.*",
+        "*weight",
+        "*.a.*",
+        "x0*",
+        "*?.weight",
+        "*[xa]*",
+        "re:^x0",
+        r"re:\.a\.",
+    ]
 )
 CLASSES = st.sampled_from(["*Norm*", "Linear", "_ConvNd", "Module", "Conv*", "LayerNorm"])
 FIELDS = st.fixed_dictionaries(
@@ -244,8 +269,23 @@ FIELDS = st.fixed_dictionaries(
         "modules": st.lists(CLASSES, min_size=1, max_size=2),
         "min_ndim": st.integers(0, 2),
         "max_ndim": st.integers(2, 3),
+        "group": st.sampled_from(["one group", "other*group"]),
     },
 )
+
+
+def matches(name, pattern):
+    return bool(re.search(pattern[3:], name)) if pattern.startswith("re:") else fnmatchcase(name, pattern)
+
+
+def agree(rules):
+    """Whether the rules of each group have one weight decay."""
+    return all(
+        rule["weight_decay"] == other["weight_decay"]
+        for rule in rules
+        for other in rules
+        if rule.get("group", rules) == other.get("group")
+    )
 
 
 def reference_rule(model, parameter, rules):
@@ -259,7 +299,7 @@ def reference_rule(model, parameter, rules):
         for name, owner in places:
             bases = [base.__name__ for base in type(owner).__mro__]
             if (
-                ("params" not in rule or any(fnmatchcase(name, pattern) for pattern in rule["params"]))
+                ("params" not in rule or any(matches(name, pattern) for pattern in rule["params"]))
                 and ("modules" not in rule or any(fnmatchcase(b, p) for b in bases for p in rule["modules"]))
                 and rule.get("min_ndim", 0) <= parameter.ndim <= rule.get("max_ndim", 99)
             ):
@@ -267,10 +307,22 @@ def reference_rule(model, parameter, rules):
     return None
 
 
+def unwrapped_path(model, path):
+    """The path to a submodule through the wrappers that are already there."""
+    real, module = [], model
+    for key in filter(None, path.split(".")):
+        module = module.get_submodule(key)
+        real.append(key)
+        while hasattr(module, "_checkpoint_wrapped_module"):
+            module = module._checkpoint_wrapped_module
+            real.append("_checkpoint_wrapped_module")
+    return ".".join(real)
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(model=module_trees(), rules=st.lists(FIELDS, max_size=4))
+@given(model=module_trees(), rules=st.lists(FIELDS, max_size=4).filter(agree), data=st.data())
 @pytest.mark.filterwarnings("ignore:decay rule")
-def test_random_models_and_rules(model, rules):
+def test_random_models_and_rules(model, rules, data):
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         with pytest.raises(ValueError, match="has nothing to train"):
@@ -288,15 +340,23 @@ def test_random_models_and_rules(model, rules):
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", name) for name in names)
     assert all(group.params for group in groups)
-    # Each parameter is where the reference puts it.
-    expected: dict[int | None, list[str]] = {}
+    # Each parameter is where the reference puts it: rules of one group by its name, others by their number.
+    expected: dict[object, list[str]] = {}
     for name, parameter in trainable.items():
-        expected.setdefault(reference_rule(model, parameter, rules), []).append(name)
-    order = sorted(expected, key=lambda index: len(rules) if index is None else index)
-    assert [list(group.params) for group in groups] == [expected[index] for index in order]
-    assert [None if g.rule is None else g.rule.weight_decay for g in groups] == [
-        None if index is None else rules[index]["weight_decay"] for index in order
-    ]
+        index = reference_rule(model, parameter, rules)
+        expected.setdefault(None if index is None else rules[index].get("group", index), []).append(name)
+    keys = list(dict.fromkeys(rule.get("group", index) for index, rule in enumerate(rules)))
+    order = sorted(expected, key=lambda key: len(rules) if key is None else keys.index(key))
+    assert [list(group.params) for group in groups] == [expected[key] for key in order]
+    decay = {rule.get("group", index): rule["weight_decay"] for index, rule in enumerate(rules)}
+    assert [None if g.rule is None else g.rule.weight_decay for g in groups] == [decay.get(key) for key in order]
+    # Wrappers change nothing.
+    wrapped = copy.deepcopy(model)
+    for path, module in list(wrapped.named_modules())[1:]:
+        if data.draw(st.booleans()):
+            parent, _, key = path.rpartition(".")
+            wrapped.get_submodule(unwrapped_path(wrapped, parent))._modules[key] = checkpoint_wrapper(module)
+    assert members(build_decay_groups(checkpoint_wrapper(wrapped), rules, strict=False)) == members(groups)
     # The same from objects, from YAML and from a mapping.
     as_objects = build_decay_groups(model, [DecayRule(**rule) for rule in rules], strict=False)
     as_yaml = build_decay_groups(model, yaml.safe_load(yaml.safe_dump(rules)), strict=False)

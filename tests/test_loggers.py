@@ -47,6 +47,7 @@ def test_csv(tmp_path):
 
 def test_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     history = fit(TensorBoardLogger(tmp_path, name="", version=""))
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -54,8 +55,18 @@ def test_tensorboard(tmp_path):
         assert [event.step for event in events.Scalars(key)] == [1, 3, 5, 7]
         assert [event.value for event in events.Scalars(key)] == pytest.approx(values(history, key), rel=1e-6)
     content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-    for name in (b"decay_rules/*.bias", b"decay_rules/slow/params", b"decay_rules/slow/weight_decay", b"decay_rules/*"):
-        assert name in content
+    info = HParamsPluginData.FromString(content).session_start_info.hparams
+    shown = {
+        name: value.number_value if value.HasField("number_value") else value.string_value
+        for name, value in info.items()
+    }
+    assert shown == {
+        "lr": 0.01,
+        "decay_rules/*.bias": 0.0,
+        "decay_rules/slow/params": "['head.*', 'norm.*']",
+        "decay_rules/slow/weight_decay": "1e-3",
+        "decay_rules/*": 0.05,
+    }
 
 
 def test_mlflow(tmp_path, monkeypatch):
@@ -72,7 +83,7 @@ def test_mlflow(tmp_path, monkeypatch):
         "decay_rules/bias/params": "*.bias",
         "decay_rules/bias/weight_decay": "0.0",
         "decay_rules/slow/params": "['head.*', 'norm.*']",
-        "decay_rules/slow/weight_decay": "0.001",
+        "decay_rules/slow/weight_decay": "1e-3",
         "decay_rules/rest/params": "*",
         "decay_rules/rest/weight_decay": "0.05",
     }
@@ -122,5 +133,7 @@ def test_wandb_offline(tmp_path):
 def test_several_loggers_and_none(tmp_path):
     loggers = [CSVLogger(tmp_path / "a", name="", version=""), CSVLogger(tmp_path / "b", name="", version="")]
     fit(loggers)
-    assert (tmp_path / "a" / "metrics.csv").read_text() == (tmp_path / "b" / "metrics.csv").read_text()
+    written = (tmp_path / "a" / "metrics.csv").read_text()
+    assert "decay/slow/l2_norm" in written
+    assert written == (tmp_path / "b" / "metrics.csv").read_text()
     fit(False)

@@ -162,6 +162,14 @@ class TestMessages:
             groups = build_decay_groups(Net(), {"haed.*": 0.1, "*": 0.2}, strict=False)
         assert [group.name for group in groups] == ["rest"]
 
+    def test_strict_false_warns_of_every_kind(self):
+        rules = [DecayRule(0.1), DecayRule(0.2, params="*.bias"), DecayRule(0.3, modules="LayerNrom")]
+        with pytest.warns(UserWarning, match="decay rule") as caught:
+            build_decay_groups(Net(), rules, strict=False)
+        texts = [str(w.message) for w in caught]
+        assert any("taken by earlier rules" in text for text in texts)
+        assert any("did you mean 'LayerNorm'?" in text for text in texts)
+
     def test_frozen_parameters_only_is_a_warning_as_finetuning_begins_so(self):
         model = Net()
         model.body.requires_grad_(False)
@@ -179,6 +187,14 @@ class TestMessages:
         with pytest.raises(ValueError, match="ReLU has nothing to train: it has no parameters"):
             build_decay_groups(nn.ReLU(), {"*": 0.1})
 
-    def test_a_failing_predicate_shows_its_own_error(self):
-        with pytest.raises(ZeroDivisionError):
-            build_decay_groups(torch.nn.Linear(1, 1), [DecayRule(0.1, where=lambda n, p, m: 1 / 0)])
+    def test_a_glob_with_alternatives(self):
+        for pattern in ("0.*|1.*", "*.{weight,bias}", "head.*,body.*"):
+            assert "a glob knows no alternatives: write a list of patterns, or a regular" in message(
+                Net(), {pattern: 0.1}
+            )
+        assert message(Net(), {"*.bias ": 0.1}).endswith("did you mean '*.bias'?")
+
+    def test_a_failing_predicate_is_named_with_its_parameter(self):
+        rule = DecayRule(0.1, where=lambda n, p, m: 1 / 0, group="x")
+        with pytest.raises(RuntimeError, match=r"failed on parameter 'weight' of Linear: ZeroDivisionError: division"):
+            build_decay_groups(torch.nn.Linear(1, 1), [rule])

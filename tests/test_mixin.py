@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 import warnings
@@ -11,10 +13,12 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from helpers import RULES, LitBase, LitHparams, LitRules, Net, digits_loader, float64_norm, members, trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
+from omegaconf import OmegaConf
+from packaging.version import Version
 from torch import nn
 
 from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor
@@ -50,8 +54,40 @@ class TestWhereTheRulesComeFrom:
         assert strengths(model.configure_optimizers()) == {"default": 0.01}
 
     def test_no_rules_anywhere_is_an_error(self):
-        with pytest.raises(ValueError, match="LitHparams has no decay rules; set the class attribute"):
+        with pytest.raises(ValueError, match="LitHparams has no decay rules; set the class attribute") as error:
             LitHparams().configure_optimizers()
+        (suggested,) = re.findall(r"decay_rules = (\{.*?\})", str(error.value))
+        assert ast.literal_eval(suggested) == {"*.bias": 0.0, "*": 0.05}
+
+    def test_rules_that_the_user_changes_afterwards_do_not_change_the_model(self):
+        rules = {"*.bias": DecayRule(0.0), "*": {"weight_decay": 0.1}}
+        model = LitHparams(decay_rules=rules)
+        rules["*"]["weight_decay"] = 0.9
+        rules["*.bias"] = 0.9
+        assert strengths(model.configure_optimizers()) == {"bias": 0.0, "rest": 0.1}
+
+    def test_an_omegaconf_object_is_not_written_to(self):
+        class Lit(WeightDecayMixin, LitBase):
+            def __init__(self, config):
+                super().__init__()
+                self.save_hyperparameters(config)
+
+        config = OmegaConf.create({"base": 0.2, "lr": 0.1, "decay_rules": {"*.bias": 0.0, "*": "${base}"}})
+        OmegaConf.set_readonly(config, True)
+        assert strengths(Lit(config).configure_optimizers()) == {"bias": 0.0, "rest": 0.2}
+        assert OmegaConf.to_container(config, resolve=False)["decay_rules"]["*"] == "${base}"
+
+    def test_the_bases_in_the_wrong_order(self):
+        with pytest.raises(TypeError, match="WeightDecayMixin must come before LightningModule in the bases of Wrong"):
+
+            class Wrong(LitBase, WeightDecayMixin):
+                pass
+
+    def test_an_attribute_error_in_a_predicate_is_shown(self):
+        model = LitHparams(decay_rules=[DecayRule(0.1, where=lambda n, p, m: m.no_such_thing)])
+        for ask in (model.configure_optimizers, lambda: model.decay_groups):
+            with pytest.raises(RuntimeError, match="has no attribute 'no_such_thing'"):
+                ask()
 
     def test_predicates_and_classes_in_hyperparameters_stay_in_force(self):
         rules = [DecayRule(0.0, where=lambda n, p, m: n == "head.bias", group="one"), DecayRule(0.1, modules=nn.Linear)]
@@ -86,6 +122,22 @@ class TestWhereTheOptimizerComesFrom:
         model = LitRules()
         setattr(model, name, 0.5)
         assert model.configure_optimizers().param_groups[0]["lr"] == 0.5
+
+    def test_or_of_its_class(self):
+        class Attribute(LitRules):
+            lr = 0.5
+
+        class Property(LitRules):
+            @property
+            def lr(self):
+                return 0.5
+
+        for model in (Attribute(), Property()):
+            assert model.configure_optimizers().param_groups[0]["lr"] == 0.5
+
+    def test_a_learning_rate_that_is_no_number(self):
+        with pytest.raises(ValueError, match="lr must be a number, got the text 'fast'"):
+            LitHparams(lr="fast", decay_rules=RULES).configure_optimizers()
 
     def test_or_adamws_own(self):
         assert (
@@ -130,6 +182,12 @@ class TestWhereTheOptimizerComesFrom:
         model = LitHparams(decay_rules={"head.*": {"decay_mult": 0.5}, "*.bias": {"decay_mult": 0}, "norm.*": 0.3})
         model.optimizer = lambda groups: torch.optim.AdamW(groups, weight_decay=0.2)
         assert strengths(model.configure_optimizers()) == {"head": 0.1, "bias": 0.0, "norm": 0.3, "default": 0.2}
+
+    def test_a_multiple_of_no_weight_decay_is_a_warning(self):
+        model = LitHparams(decay_rules={"*": {"decay_mult": 2}})
+        model.optimizer = lambda groups: torch.optim.SGD(groups, lr=0.1)
+        with pytest.warns(UserWarning, match="decay_mult=2, a factor on the weight decay of SGD, which is 0"):
+            model.configure_optimizers()
 
     @pytest.mark.parametrize("kind", ["LBFGS", "Rprop", "SparseAdam"])
     @pytest.mark.parametrize("rules", [RULES, {"*": 0.1}], ids=["groups", "one group"])
@@ -232,7 +290,11 @@ class TestTraining:
             trainer(max_epochs=10).fit(model)
         assert all(map(torch.equal, runs[0].parameters(), runs[1].parameters()))
 
-    def test_with_pytorch_lightning_modules_and_trainer(self):
+    @pytest.mark.parametrize("watched", [False, True])
+    def test_with_pytorch_lightning_modules_and_trainer(self, watched):
+        if watched and Version(pl.__version__) < Version("2.6"):
+            pytest.skip("pytorch_lightning before 2.6 takes no callback of lightning.pytorch")
+
         class Lit(WeightDecayMixin, pl.LightningModule):
             decay_rules = RULES
 
@@ -245,20 +307,19 @@ class TestTraining:
             training_step = LitBase.training_step
 
         model = Lit()
-        monitor = WeightDecayMonitor()
         run = pl.Trainer(
             accelerator="cpu",
             max_epochs=2,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
-            callbacks=[monitor],
+            callbacks=[WeightDecayMonitor()] if watched else [],
         )
         run.fit(model, digits_loader())
         assert strengths(run.optimizers[0]) == {"bias": 0.0, "norm": 0.01, "head": 1e-3, "rest": 0.05}
-        assert run.callback_metrics["decay/head/l2_norm"].item() == pytest.approx(
-            float64_norm([model.head.weight]), rel=1e-6
-        )
+        if watched:
+            truth = float64_norm([model.head.weight])
+            assert run.callback_metrics["decay/head/l2_norm"].item() == pytest.approx(truth, rel=1e-6)
 
     def test_with_the_learning_rate_finder(self, tmp_path):
         model = LitHparams(decay_rules=RULES)
@@ -273,6 +334,40 @@ class TestTraining:
         callback = LearningRateMonitor()
         trainer(callbacks=[callback], logger=CSVLogger(tmp_path)).fit(LitRules())
         assert set(callback.lrs) == {f"lr-AdamW/{name}" for name in ("bias", "norm", "head", "rest")}
+
+    def test_with_a_finetuning_callback(self):
+        class Lit(LitRules):
+            decay_rules = {"backbone.*": 0.1, "*.bias": 0.0, "*": 0.05}
+
+            def __init__(self):
+                super().__init__()
+                self.backbone = self.body
+
+            def build_optimizer(self, param_groups):
+                return torch.optim.SGD(param_groups, lr=0.1, weight_decay=0.3)
+
+        monitor = WeightDecayMonitor()
+        unfreezing = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+        run = trainer(max_epochs=3, callbacks=[unfreezing, monitor])
+        with pytest.warns(UserWarning) as caught:
+            run.fit(Lit())
+        texts = [str(w.message) for w in caught]
+        assert any("rule 1 'backbone.*' takes frozen parameters only" in text for text in texts)
+        assert any(
+            "added to the optimizer without a weight_decay: it gets the optimizer's own, 0.3" in t for t in texts
+        )
+        added = run.optimizers[0].param_groups[-1]
+        assert added["param_names"] == ["body.weight", "body.bias"]
+        assert monitor.history[-1]["decay/2/l2_norm"] == pytest.approx(float64_norm(added["params"]), rel=1e-6)
+
+    def test_warnings_come_once(self):
+        class Lit(LitRules):
+            decay_rules = {"*.bais": 0.0, "*": 0.1}
+            decay_strict = False
+
+        with pytest.warns(UserWarning, match="takes nothing") as caught:
+            trainer(callbacks=[WeightDecayMonitor()]).fit(Lit())
+        assert sum("takes nothing" in str(w.message) for w in caught) == 1
 
     def test_param_groups_carry_names(self):
         optimizer = LitRules().configure_optimizers()

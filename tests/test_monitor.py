@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 
 import pytest
 import torch
@@ -99,6 +100,8 @@ class TestFigures:
         with pytest.warns(UserWarning, match="the L2 norm of group 'head' is") as caught:
             trainer(max_epochs=2, callbacks=[monitor]).fit(Breaking())
         assert sum("L2 norm of group" in str(w.message) for w in caught) == 1
+        with pytest.warns(UserWarning, match="the L2 norm of group 'head' is"):  # a new run warns anew
+            trainer(callbacks=[monitor]).fit(Breaking())
         assert all(str(record["decay/head/l2_norm"]) == str(value) for record in monitor.history)
         assert all(math.isfinite(record["decay/rest/penalty"]) for record in monitor.history)
 
@@ -189,12 +192,35 @@ class TestMoments:
         assert seen == [2, 4, 6, 8]
 
     def test_no_record_of_sanity_checks_or_validation_alone(self):
+        class Sanity(Callback):
+            def on_sanity_check_end(self, trainer, pl_module):
+                assert not KEYS & trainer.callback_metrics.keys()
+
         monitor = WeightDecayMonitor()
-        run = trainer(callbacks=[monitor])
+        run = trainer(callbacks=[monitor, Sanity()])
         model = LitRules()
         run.fit(model, val_dataloaders=digits_loader(64))
+        assert run.callback_metrics.keys() >= KEYS
         run.validate(model, digits_loader(64), verbose=False)
+        assert not KEYS & run.callback_metrics.keys()
         assert len(monitor.history) == 1
+
+    def test_an_epoch_without_a_batch_leaves_no_record(self):
+        class Never(LitRules):
+            def on_train_batch_start(self, batch, batch_idx):
+                return -1
+
+        assert self.steps(model=Never(), max_epochs=1) == []
+
+    def test_steps_after_resuming(self, tmp_path):
+        first = trainer(max_epochs=2, callbacks=[WeightDecayMonitor(3)])
+        first.fit(LitRules())
+        first.save_checkpoint(tmp_path / "two.ckpt")
+        resumed, straight = WeightDecayMonitor(3), WeightDecayMonitor(3)
+        trainer(max_epochs=4, callbacks=[resumed]).fit(LitRules(), ckpt_path=tmp_path / "two.ckpt")
+        trainer(max_epochs=4, callbacks=[straight]).fit(LitRules())
+        assert [record["step"] for record in straight.history] == [3, 4, 6, 8, 9, 12, 15, 16]
+        assert resumed.history == straight.history
 
 
 class TestPlaces:
@@ -228,17 +254,36 @@ class TestPlaces:
         run.fit(LitRules())
         assert "train/wd/total/penalty" in run.callback_metrics
 
-    def test_steps_share_the_axis_of_what_training_logs(self, tmp_path):
-        logger = CSVLogger(tmp_path)
-        trainer(max_epochs=2, callbacks=[WeightDecayMonitor(every_n_steps=2)], logger=logger, log_every_n_steps=1).fit(
-            LitRules()
-        )
+    def logged_steps(self, path, model, every_n_steps=None, **options):
+        """The steps under which the loss and the norms stand in the logger's file."""
+        logger = CSVLogger(path)
+        trainer(callbacks=[WeightDecayMonitor(every_n_steps)], logger=logger, log_every_n_steps=1, **options).fit(model)
         with open(logger.experiment.metrics_file_path) as file:
             rows = list(csv.DictReader(file))
         losses = [int(row["step"]) for row in rows if row["train_loss"]]
-        norms = [int(row["step"]) for row in rows if row["decay/head/l2_norm"]]
+        return losses, [int(row["step"]) for row in rows if row["decay/total/penalty"]]
+
+    def test_the_axis_is_that_of_what_training_logs(self, tmp_path):
+        losses, norms = self.logged_steps(tmp_path, LitRules(), 2, max_epochs=2)
         assert losses == list(range(8))
         assert norms == [1, 3, 5, 7]
+
+    def test_the_axis_of_batches_with_several_steps(self, tmp_path):
+        def sgd(params):
+            return torch.optim.SGD(params, lr=0.1)
+
+        losses, norms = self.logged_steps(tmp_path, ByHand(sgd, sgd, manual=True), 2)
+        assert losses == norms == [0, 1, 2, 3]
+
+    def test_the_axis_of_an_epoch_that_ends_early(self, tmp_path):
+        losses, norms = self.logged_steps(tmp_path, LitRules(), max_epochs=-1, max_steps=6)
+        assert losses == [0, 1, 2, 3, 4, 5]
+        assert norms == [3, 5]
+
+    def test_what_was_logged_is_in_the_trainer(self, tmp_path):
+        run = trainer(callbacks=[WeightDecayMonitor()], logger=CSVLogger(tmp_path))
+        run.fit(LitRules())
+        assert run.logged_metrics.keys() >= KEYS
 
 
 class TestGroupsOfAnyOptimizer:
@@ -298,7 +343,7 @@ class TestGroupsOfAnyOptimizer:
         figure, _ = monitor.plot()
         assert figure is not None
 
-    @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+    @pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true", "bf16-mixed"])
     def test_precisions(self, precision):
         model = LitRules()
         record = self.figures(model, precision=precision)
@@ -316,12 +361,46 @@ class TestSummary:
 
     def test_plain_text_without_rich(self, capsys, monkeypatch):
         for name in ("rich", "rich.table"):
-            monkeypatch.setitem(__import__("sys").modules, name, None)
+            monkeypatch.setitem(sys.modules, name, None)
         trainer(callbacks=[WeightDecayMonitor()]).fit(LitRules())
         lines = capsys.readouterr().out.splitlines()
         start = next(i for i, line in enumerate(lines) if line.startswith("group"))
         assert lines[start].split() == ["group", "rule", "tensors", "parameters", "weight_decay", "lr"]
         assert lines[start + 1].split() == ["bias", "*.bias", "3", "42", "0", "0.001"]
+
+    @pytest.mark.parametrize("rule", ["*[bh]ody*", "re:[/.]bias", "re:[b]ias"])
+    def test_rules_that_look_like_markup(self, capsys, monkeypatch, rule):
+        class Lit(LitRules):
+            decay_rules = {rule: 0.1}
+
+        monkeypatch.setenv("COLUMNS", "120")
+        trainer(callbacks=[WeightDecayMonitor()]).fit(Lit())
+        assert rule in capsys.readouterr().out
+
+    def test_of_a_resumed_run_it_shows_what_the_optimizer_holds(self, tmp_path, capsys, monkeypatch):
+        class Other(LitRules):
+            decay_rules = {"*.bias": 0.0, "*norm*": 0.01, "head.*": 1e-3, "*": 0.77}
+
+        monkeypatch.setenv("COLUMNS", "120")
+        first = trainer()
+        first.fit(Other())
+        first.save_checkpoint(tmp_path / "x.ckpt")
+        run = trainer(max_epochs=2, callbacks=[WeightDecayMonitor()])
+        run.fit(LitRules(), ckpt_path=tmp_path / "x.ckpt")
+        assert run.optimizers[0].param_groups[-1]["weight_decay"] == 0.77
+        assert "0.77" in capsys.readouterr().out
+
+    def test_of_a_model_that_builds_its_own_groups_it_claims_no_rules(self, capsys, monkeypatch):
+        class Own(LitRules):
+            decay_rules = None
+
+            def configure_optimizers(self):
+                return torch.optim.SGD([{"params": self.parameters(), "name": "bias"}], lr=0.1, weight_decay=0.7)
+
+        monkeypatch.setenv("COLUMNS", "120")
+        trainer(callbacks=[WeightDecayMonitor()]).fit(Own())
+        printed = [[c.strip() for c in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines()]
+        assert ["bias", "-", "6", "1,242", "0.7", "0.1"] in printed
 
     def test_without_the_mixin(self, capsys):
         trainer(callbacks=[WeightDecayMonitor()]).fit(ByHand(lambda p: torch.optim.SGD(p, lr=0.5, weight_decay=0.25)))
@@ -426,20 +505,31 @@ class TestPlot:
         _, axes = monitor.plot()
         assert len({line.get_color() for line in axes[0].get_lines()}) == 25
 
+    def test_small_groups_are_not_pressed_onto_the_axis(self):
+        monitor = WeightDecayMonitor()
+        for span, scale in ((10.0, "linear"), (1000.0, "symlog")):
+            values = {"a": 1.0, "b": span, "c": 0.0}
+            record = {f"decay/{group}/{name}": values[group] for group in values for name in ("l2_norm", "penalty")}
+            monitor.history = [{"epoch": 0, "step": step, **record, "decay/total/penalty": span} for step in (1, 2)]
+            _, axes = monitor.plot()
+            assert [ax.get_yscale() for ax in axes] == [scale, scale]
+            assert all(ax.get_ylim()[0] < 0 < span < ax.get_ylim()[1] for ax in axes)
+
     def test_on_axes_of_the_user(self, monitor):
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(1, 2)
         assert monitor.plot(axes)[0] is figure
-        with pytest.raises(ValueError, match="ax must be two axes"):
-            monitor.plot([axes[0]])
+        for wrong in ([axes[0]], axes[0], 3):
+            with pytest.raises(ValueError, match="ax must be two axes"):
+                monitor.plot(wrong)
 
     def test_before_anything_was_logged(self):
         with pytest.raises(ValueError, match="nothing to plot: no figures were logged yet"):
             WeightDecayMonitor().plot()
 
     def test_without_matplotlib(self, monitor, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)
+        monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
         with pytest.raises(ModuleNotFoundError, match=r"plot\(\) needs matplotlib: pip install matplotlib"):
             monitor.plot()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tracemalloc
 
 import pytest
 import torch
@@ -55,6 +54,11 @@ class TestAccuracy:
             )
             <= 1e-5
         )
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_types_at_2e8_elements(self, dtype):
+        value = torch.tensor(0.1, dtype=dtype)
+        assert relative_error(norm(value.repeat(2 * 10**8)), float(value) * (2e8) ** 0.5) <= 1e-5
 
     def test_a_float16_weight_of_300_does_not_overflow(self):
         assert norm(torch.full((1000,), 300.0, dtype=torch.float16)) == pytest.approx(300 * 1000**0.5, rel=1e-7)
@@ -122,14 +126,18 @@ class TestValuesAndLayouts:
         x = view(torch.randn(7, 6, 20, 30))
         assert norm(x) == pytest.approx(float64_norm([x]), rel=1e-7)
 
-    def test_no_copy_of_a_contiguous_or_permuted_tensor(self):
-        x = torch.randn(2**24 // 16, 4, 4).permute(2, 0, 1)
+    def test_rows_with_gaps_of_any_length(self):
+        torch.manual_seed(0)
+        for x in (torch.randn(3, 300_000)[:, 1:], torch.randn(100_000, 3)[:, 1:], torch.randn(2, 3, 2**17)[:, :, ::2]):
+            assert norm(x) == pytest.approx(x.double().norm().item(), rel=1e-7)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    @pytest.mark.parametrize("view", [lambda x: x.permute(2, 0, 1), lambda x: x[:, 1:]], ids=["permuted", "with gaps"])
+    def test_no_copy_of_the_whole(self, view, dtype):
+        x = view(torch.randn(2**22, 2, 2).to(dtype))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             norm(x)
-        largest = max(event.self_cpu_memory_usage for event in profile.key_averages() if event.count)
-        peak = max(abs(event.cpu_memory_usage) // max(event.count, 1) for event in profile.key_averages())
-        assert peak <= 2**20
-        assert largest > 0  # the profiler saw allocations at all
+        assert 0 < max(event.cpu_memory_usage for event in profile.events()) <= 2**20
 
 
 class TestMetric:
@@ -167,26 +175,18 @@ class TestMetric:
             GroupL2Norm(["a"]).update({"b": [torch.ones(1)]})
         with pytest.raises(ValueError, match="group names must be unique"):
             GroupL2Norm(["a", "a"])
+        with pytest.raises(TypeError, match=r"groups must be a list of names, got the text 'bias'; write \['bias'\]"):
+            GroupL2Norm("bias")
+        with pytest.raises(TypeError, match="update takes a mapping of group names to tensors, got list"):
+            GroupL2Norm(["a"]).update([torch.ones(1)])
 
     def test_plot(self):
         matplotlib = pytest.importorskip("matplotlib")
         matplotlib.use("Agg")
         metric = GroupL2Norm(["a", "b"])
         metric.update({"a": [torch.ones(1)]})
-        figure, axes = metric.plot()
-        assert figure is not None
-        assert axes is not None
-
-    def test_python_memory_does_not_grow_with_updates(self):
-        metric = GroupL2Norm(["g"])
-        x = torch.randn(1000)
-        metric.update({"g": [x]})
-        tracemalloc.start()
-        for _ in range(200):
-            metric.update({"g": [x]})
-        grown, _ = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert grown < 100_000
+        _, axes = metric.plot()
+        assert {line.get_label() for line in axes.get_lines()} >= {"a", "b"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

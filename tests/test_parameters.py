@@ -66,6 +66,26 @@ def test_wrappers_of_submodules_change_nothing(wrap):
     assert [name for name, _ in model.named_parameters()] != expected  # torch's names do change
 
 
+def test_ddp_changes_nothing():
+    model = Net()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        assert [p.names for p in model_parameters(wrapped)] == [p.names for p in model_parameters(model)]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_attribute_like_that_of_a_wrapper_keeps_its_name_where_there_is_more():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._orig_mod = nn.Linear(2, 2)
+            self.weight = nn.Parameter(torch.ones(2))
+
+    assert names(Own()) == ["weight", "_orig_mod.weight", "_orig_mod.bias"]
+
+
 def test_a_users_own_attribute_called_module_keeps_its_name():
     model = nn.Module()
     model.module = nn.Linear(2, 2)
@@ -79,6 +99,7 @@ def test_parametrized_weights_go_by_their_plain_name_too():
     original = found["0.parametrizations.weight.original1"]
     assert original.names == ["0.parametrizations.weight.original1", "0.weight"]
     assert all(isinstance(place.module, nn.Linear) for place in original.places)
+    assert len(model_parameters(model[0].parametrizations["weight"])) == 2
 
 
 def test_meta_parameters_are_fine():
@@ -91,6 +112,13 @@ def test_a_lazy_parameter_is_an_error():
     model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
     with pytest.raises(ValueError, match=r"parameter '1.weight' of LazyLinear has no shape yet .* run one batch"):
         model_parameters(model)
+
+
+def test_what_deepspeed_has_partitioned_keeps_its_shape():
+    layer = nn.Linear(2, 3)
+    layer.weight.ds_shape = layer.weight.shape  # as deepspeed.zero sets it beside an empty tensor
+    layer.weight.data = torch.empty(0)
+    assert [p.ndim for p in model_parameters(layer)] == [2, 1]
 
 
 def test_a_module_inside_itself_is_not_entered_again():

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_regdecay import DecayRule
-from lightning_regdecay.rules import parse_rules, plain_rules, safe_name
+from lightning_regdecay.names import name_of_pattern
+from lightning_regdecay.rules import parse_rules, plain_rules, rules_by_group
 
 
 def is_small(name, parameter, module):
@@ -67,11 +70,18 @@ class TestForms:
         config = OmegaConf.create({"base": 0.1, "decay_rules": {"*.bias": 0.0, "*": "${base}"}})
         assert parse_rules(config.decay_rules)[1].weight_decay == 0.1
 
-    @pytest.mark.parametrize("number", [1, "1", " 1.0 ", "1e0", np.float32(1), np.int64(1), Fraction(1)])
+    @pytest.mark.parametrize("number", [1, "1", " 1.0 ", "1e0", np.float32(1), np.int64(1), Fraction(1), Decimal(1)])
     def test_numbers_of_every_kind(self, number):
         (rule,) = parse_rules({"*": number})
         assert rule.weight_decay == 1.0
         assert type(rule.weight_decay) is float
+
+    def test_numbers_of_dimensions_of_every_kind(self):
+        assert DecayRule(0.1, min_ndim=np.int64(2)).min_ndim == 2
+
+    def test_a_tensor_as_learning_rate_stays_one(self):
+        lr = torch.tensor(1e-3)
+        assert DecayRule(0.1, options={"lr": lr}).options["lr"] is lr
 
     def test_rules_are_frozen_and_compare_by_value(self):
         rule = DecayRule(0.1, params="*.bias", options={"lr": 1e-3})
@@ -103,13 +113,16 @@ class TestGroupNames:
             ("re:.*", "rest"),
             (r"re:\.bias$", "bias"),
             (r"re:layers\.\d+\.(q|k)_proj", "layers.q_k_proj"),
+            (r"re:(?P<kind>q|k)\.w", "q_k.w"),
+            (r"re:(?<!norm)\.weight$", "weight"),
+            (r"re:(?i:LAYER)[0-9]{1,2}", "LAYER"),
             ("a b/c:d", "a_b_c_d"),
             ("größe", "gr__e"),
         ],
     )
     def test_from_a_pattern(self, pattern, name):
         (rule,) = parse_rules({pattern: 0.1})
-        assert rule.group == name == safe_name(pattern)
+        assert rule.group == name == name_of_pattern(pattern)
 
     def test_a_clash_gets_a_number(self):
         rules = parse_rules({"*.bias": 0.0, "*bias": 0.1, "bias*": 0.2})
@@ -138,6 +151,9 @@ class TestGroupNames:
         assert rules[4].group == "rest"
         assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", rule.group) for rule in rules)
 
+    def test_a_given_group_is_made_safe(self):
+        assert [DecayRule(0.1, group=name).group for name in ("no decay", "a*", "a?")] == ["no_decay", "a_", "a_"]
+
     def test_rules_that_share_a_group(self):
         rules = parse_rules(
             [DecayRule(0.0, params="*.bias", group="no decay"), DecayRule(0.0, max_ndim=1, group="no decay")]
@@ -162,7 +178,16 @@ class TestMistakes:
             ({"*": [0.1]}, TypeError, r"weight_decay must be a number, got \[0.1\] of type list"),
             ({"*": None}, ValueError, "exactly one of weight_decay and decay_mult must be given, got neither"),
             ({"*": {"weight_decay": 1, "decay_mult": 1}}, ValueError, "exactly one of .* must be given, got both"),
+            ({"*": 10**400}, ValueError, "weight_decay must be a finite number of at least 0, got 1000"),
             ({"*": {"decay_mult": -1}}, ValueError, "decay_mult must be a finite number of at least 0, got -1"),
+            ({"*": {"decay_mult": math.nan}}, ValueError, "decay_mult must be a finite number of at least 0, got nan"),
+            ({"*": {"decay_mult": True}}, TypeError, "decay_mult must be a number, got True of type bool"),
+            ({"*": {"weight_decay": 1, "lr": 1}}, TypeError, "unknown field 'lr'; .* such as lr, go into options"),
+            ({"re:": 0.1}, ValueError, "params holds an empty pattern"),
+            ([{"weight_decay": 1, "params": []}], ValueError, "params is an empty list, which matches nothing"),
+            ([{"weight_decay": 1, "modules": []}], ValueError, "modules is an empty list, which matches nothing"),
+            ([{"weight_decay": 1, "options": {"lr": -1}}], ValueError, "lr must be a finite number of at least 0"),
+            ([("*.bias", 0.0)], TypeError, r"got \('\*.bias', 0.0\); write DecayRule\(0.05, params="),
             ({"*": {"wieght_decay": 1}}, TypeError, "unknown field 'wieght_decay'; did you mean 'weight_decay'?"),
             ({"*": {"xyz": 1}}, TypeError, "unknown field 'xyz'; known are decay_mult, group, "),
             ({"re:(": 0.1}, ValueError, r"decay rule 're:\(': bad regular expression 're:\(': missing \)"),
@@ -217,6 +242,19 @@ class TestPlainData:
             "big": {"weight_decay": 0.1, "min_ndim": 2, "options": {"betas": [0.9, 0.99]}},
         }
         assert parse_rules(plain)[1] == parse_rules(rules)[1]
+
+    def test_tensors_become_numbers(self):
+        assert plain_rules({"*": {"weight_decay": torch.tensor(0.5), "options": {"lr": torch.tensor(1.0)}}}) == {
+            "*": {"weight_decay": 0.5, "options": {"lr": 1.0}}
+        }
+
+    def test_with_the_names_of_groups_as_keys_no_rule_is_lost(self):
+        rules = {"*.bias": 0.0, "*bias": 0.1, "x": {"max_ndim": 1, "weight_decay": 0.2, "group": "g"}}
+        assert rules_by_group(rules) == {
+            "bias": {"params": "*.bias", "weight_decay": 0.0},
+            "bias_2": {"params": "*bias", "weight_decay": 0.1},
+            "x": {"max_ndim": 1, "weight_decay": 0.2, "group": "g"},
+        }
 
     def test_a_predicate_is_stored_as_text_that_says_so_when_used(self):
         plain = plain_rules([DecayRule(0.0, where=is_small)])

@@ -1,4 +1,4 @@
-"""Train under FSDP1, wrapped by hand, and write down, per rank, norms and truth. Run by test_fsdp1.py under torchrun."""
+"""Train under FSDP1, wrapped by hand, and write down, per rank, norms and truth. Run by test_fsdp1.py."""
 
 from __future__ import annotations
 

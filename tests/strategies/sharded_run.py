@@ -1,4 +1,4 @@
-"""Train with a sharded model and write down, per rank, what the monitor saw and what is true. Run by test_sharded.py."""
+"""Train a sharded model and write down, per rank, what the monitor saw and what is true. Run by test_sharded.py."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EXPECTED = {
 
 
 class Net(nn.Module):
-    """Two layers that tensor parallelism cuts by columns and rows, a norm, and a head that no number of ranks divides."""
+    """Two layers that tensor parallelism cuts by columns and rows, a norm, and a head of ten rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,12 +112,12 @@ class Watching(WeightDecayMonitor):
         self.truths: list[dict[str, float]] = []
         self.collectives: list[dict[str, int]] = []
 
-    def _figures(self, run: L.Trainer) -> dict[str, float]:
+    def _metrics(self, run: L.Trainer) -> dict[str, float]:
         with CommDebugMode() as mode:
-            figures = super()._figures(run)
+            metrics = super()._metrics(run)
         self.collectives.append({str(op): count for op, count in mode.get_comm_counts().items()})
         self.truths.append({group["name"]: true_norm(group["params"]) for group in run.optimizers[0].param_groups})
-        return figures
+        return metrics
 
 
 def whole(parameter: Tensor) -> Tensor:

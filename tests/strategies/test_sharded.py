@@ -1,4 +1,4 @@
-"""FSDP2, tensor parallel and both: the groups of one process, the norms of the whole parameters, one small collective."""
+"""FSDP2, tensor parallel and both: the groups of one process, the norms of whole parameters, one collective."""
 
 from __future__ import annotations
 
