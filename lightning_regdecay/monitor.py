@@ -16,7 +16,7 @@ from lightning_regdecay.groups import TABLE_HEADER, format_table, table_row, tot
 from lightning_regdecay.mixin import WeightDecayMixin
 from lightning_regdecay.names import safe_name, unique_name
 from lightning_regdecay.norms import GroupL2Norm
-from lightning_regdecay.parameters import remember_flattened
+from lightning_regdecay.parameters import model_parameters, remember_flattened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,6 +69,7 @@ class WeightDecayMonitor(Callback):
         self.history: list[dict[str, float]] = []
         self._steps_seen = 0
         self._warned: set[str] = set()
+        self._parameters: dict[str, torch.nn.Parameter] = {}
 
     @property
     def state_key(self) -> str:
@@ -90,6 +91,7 @@ class WeightDecayMonitor(Callback):
         self._steps_seen = trainer.global_step
         self._warned.clear()
         remember_flattened(trainer.strategy.model or pl_module)
+        self._parameters = {name: p.parameter for p in model_parameters(pl_module) for name in p.names}
         # Not in on_fit_start, where a resumed run does not hold the λ and lr of its checkpoint yet.
         if self.summary and trainer.is_global_zero:
             _print_table(self._table_rows(trainer, pl_module))
@@ -165,7 +167,7 @@ class WeightDecayMonitor(Callback):
         """The logged values of this moment by key."""
         groups = dict(_live_groups(trainer))
         l2_norm = GroupL2Norm(groups)
-        l2_norm.update({name: group["params"] for name, group in groups.items()})
+        l2_norm.update({name: self._members(group) for name, group in groups.items()})
         norms = {name: norm.item() for name, norm in l2_norm.compute().items()}
         metrics = {}
         penalties = []
@@ -178,6 +180,16 @@ class WeightDecayMonitor(Callback):
             self._warn_if_not_finite(name, norms[name])
         metrics[f"{self.prefix}/total/penalty"] = sum(penalties)
         return metrics
+
+    def _members(self, group: dict[str, Any]) -> list[torch.nn.Parameter]:
+        """The parameters of the model that a param group updates.
+
+        DeepSpeed (0.19) puts flat parts of float32 copies in the place of a group's parameters, or nothing at all; the
+        names stay.
+        """
+        names = group.get("param_names", [])
+        named = [self._parameters[name] for name in names if name in self._parameters]
+        return named if named and len(named) == len(names) else group["params"]
 
     def _warn_if_not_finite(self, name: str, norm: float) -> None:
         if not math.isfinite(norm) and name not in self._warned:
@@ -192,13 +204,13 @@ class WeightDecayMonitor(Callback):
             table_row(
                 name,
                 rules.get(tuple(group.get("param_names", ())), "-"),
-                group["params"],
+                self._members(group),
                 _weight_decay(group),
                 float(group["lr"]) if "lr" in group else "-",
             )
             for name, group in groups.items()
         ]
-        return [*rows, total_row(parameter for group in groups.values() for parameter in group["params"])]
+        return [*rows, total_row(parameter for group in groups.values() for parameter in self._members(group))]
 
 
 def _logger_step(trainer: Trainer) -> int:

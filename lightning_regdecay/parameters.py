@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -181,17 +182,16 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 
     Args:
         tensor: any tensor; a ``DTensor`` (FSDP2, tensor parallel, both) may be replicated over some dimensions of its
-            mesh and sharded over others, evenly or not.
+            mesh and sharded over others, evenly or not. Also a parameter under FSDP1, or under DeepSpeed ZeRO-3.
 
     Raises:
         ValueError: for a ``DTensor`` of pending sums (``Partial``), which has no norm before they are added up, and for
             a parameter under FSDP1 of an unknown model.
-        NotImplementedError: for a parameter under DeepSpeed ZeRO-3.
     """
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
         return _local_part_of_dtensor(tensor)
-    if hasattr(tensor, "ds_id"):
-        raise NotImplementedError("norms of parameters under DeepSpeed ZeRO-3 are not supported yet")
+    if hasattr(tensor, "ds_tensor"):
+        return _local_part_under_zero3(tensor)
     flattened = _flattened_by_fsdp1(tensor)
     handle = flattened.handle() if flattened is not None else None
     # Between forward and backward, and under summon_full_params, the parameter is there as a whole.
@@ -206,3 +206,12 @@ def _local_part_of_dtensor(tensor: Any) -> tuple[torch.Tensor, int]:
         raise ValueError(f"a DTensor placed {placements} holds sums that are still pending: redistribute it first")
     cut = [mesh.size(dim) for dim, placement in enumerate(placements) if not placement.is_replicate()]
     return tensor.to_local(), math.prod(cut)
+
+
+def _local_part_under_zero3(parameter: Any) -> tuple[torch.Tensor, int]:
+    """DeepSpeed cuts a flattened parameter into equal parts, the last of which it fills up with anything."""
+    if parameter.ds_status.name == "AVAILABLE":  # gathered, in forward and backward
+        return parameter, 1
+    part = parameter.ds_tensor
+    start = dist.get_rank(parameter.ds_process_group) * part.numel()
+    return part[: max(parameter.ds_numel - start, 0)], dist.get_world_size(parameter.ds_process_group)

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -108,8 +109,23 @@ def members(groups: Any) -> dict[str, list[str]]:
     return {group.name: list(group.params) for group in groups}
 
 
-def run_python(*args: Any, cwd: Path, timeout: float, **env: str) -> str:
-    """Run Python in a process group of its own, which is gone when this returns; the output, or an AssertionError."""
+def leave() -> None:
+    """End this process of a distributed run, which has done its work.
+
+    At once, without Python's and torch's own end: on a busy machine torch 2.13 with gloo at times aborts there
+    ("terminate called without an active exception"), though the process group is destroyed.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def run_python(*args: Any, cwd: Path, timeout: float, may_abort: bool = False, **env: str) -> str:
+    """Run Python in a process group of its own, which is gone when this returns; the output, or an AssertionError.
+
+    With ``may_abort`` the abort that :func:`leave` avoids is no error.
+    """
     process = subprocess.Popen(
         [sys.executable, *map(str, args)],
         cwd=cwd,
@@ -124,5 +140,6 @@ def run_python(*args: Any, cwd: Path, timeout: float, **env: str) -> str:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
+    aborted = may_abort and "terminate called without an active exception" in output
+    assert process.returncode == 0 or aborted, output
     return output

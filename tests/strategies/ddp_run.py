@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
-from helpers import LitRules, float64_norm, trainer
+from helpers import LitRules, float64_norm, leave, trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -58,8 +58,7 @@ def main(devices: int, out: Path) -> None:
         "counted_by_hand": counted,
     }
     (out / f"{devices}-{run.global_rank}.json").write_text(json.dumps(report))
-    if dist.is_initialized():
-        dist.destroy_process_group()  # gloo's threads may abort a process that exits with them running
+    leave()
 
 
 if __name__ == "__main__":

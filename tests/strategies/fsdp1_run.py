@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
-from helpers import digits
+from helpers import digits, leave
 from strategies.sharded_run import RULES, Net
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -126,7 +126,7 @@ def main(way: str, out: Path) -> None:
     dist.init_process_group("gloo")
     report = flat() if way == "flat" else compare(way)
     (out / f"{os.environ['RANK']}.json").write_text(json.dumps(report))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning as L
 import torch
-import torch.distributed as dist
-from helpers import digits_loader, trainer
+from helpers import digits_loader, leave, trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -164,8 +163,7 @@ def main(way: str, devices: int, out: Path) -> None:
         "types": sorted({type(p).__name__ for p in model.parameters()}),
     }
     (out / f"{run.global_rank}.json").write_text(json.dumps(report))
-    if dist.is_initialized():
-        dist.destroy_process_group()  # gloo's threads may abort a process that exits with them running
+    leave()
 
 
 if __name__ == "__main__":
