@@ -6,6 +6,7 @@ import csv
 import math
 import sys
 
+import lightning
 import pytest
 import torch
 from helpers import LitBase, LitRules, digits_loader, float64_norm, trainer
@@ -349,6 +350,18 @@ class TestGroupsOfAnyOptimizer:
         model.optimizer = lambda groups: torch.optim.SGD(groups, lr=0.01)  # AdamW's eps is 0 in float16
         record = self.figures(model, precision=precision)
         assert record["decay/head/l2_norm"] == pytest.approx(float64_norm([model.head.weight]), rel=1e-6)
+
+
+class TestBesideAveragedWeights:
+    def test_the_figures_are_those_of_the_weights_in_training(self):
+        averaging = getattr(lightning.pytorch.callbacks, "WeightAveraging", None)
+        if averaging is None:
+            pytest.skip("lightning has no WeightAveraging before 2.6")
+        plain, beside = WeightDecayMonitor(), WeightDecayMonitor()
+        data = {"val_dataloaders": digits_loader(64)}
+        trainer(max_epochs=3, callbacks=[plain]).fit(LitRules(), **data)
+        trainer(max_epochs=3, callbacks=[averaging(), beside]).fit(LitRules(), **data)
+        assert beside.history == plain.history
 
 
 class TestSummary:

@@ -88,6 +88,17 @@ def test_the_example(tmp_path):
     assert "decay/rest/l2_norm" in (tmp_path / "logs/rules-csv/version_0/metrics.csv").read_text()
 
 
+def test_the_sharded_example(tmp_path):
+    example = ROOT / "examples" / "sharded.py"
+    output = run_python(example, "--epochs", 1, cwd=tmp_path, timeout=240, may_abort=True)
+    rows = re.findall(r"^(\w+) +([\d,]+) of ([\d,]+) +(\S+) +(\S+) +(\S+)$", output, flags=re.MULTILINE)
+    assert [row[0] for row in rows] == ["norms", "vectors", "head", "matrices"]
+    for _, here, whole, logged, truth, difference in rows:
+        assert 0 < int(here.replace(",", "")) < int(whole.replace(",", ""))
+        assert float(logged) == pytest.approx(float(truth), rel=1e-6)
+        assert float(difference) <= 1e-6
+
+
 def test_the_example_takes_yaml_from_a_file(tmp_path):
     (tmp_path / "rules.yaml").write_text("head.*: 1e-2\n'*': 0.1\n")
     output = run_python(

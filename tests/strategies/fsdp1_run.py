@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 from helpers import digits, leave
-from strategies.sharded_run import RULES, Net
+from strategies.sharded_run import RULES, LitRules, Net
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
@@ -84,11 +85,17 @@ def message(call: Callable[[], object]) -> str:
     return "no error"
 
 
-def flat() -> dict[str, str]:
-    """What users are told where FSDP1 leaves nothing to tell parameters apart by."""
+def flat() -> dict[str, Any]:
+    """What users are told where parameters cannot be told apart, and where they can from further out."""
     model = FullyShardedDataParallel(Outer(), use_orig_params=False, device_id=CPU)
     inside = FullyShardedDataParallel(Outer(), use_orig_params=True, device_id=CPU).module
+    # As Lightning's FSDPStrategy does: the outermost wrapper is around the module, in the strategy's hands.
+    lit = LitRules("one process")
+    lit._trainer = SimpleNamespace(
+        strategy=SimpleNamespace(model=FullyShardedDataParallel(lit, use_orig_params=True, device_id=CPU)), loggers=[]
+    )
     return {
+        "in a strategy": {group.name: list(group.params) for group in lit.decay_groups},
         "flat": message(lambda: build_decay_groups(model, RULES)),
         "unknown": message(lambda: build_decay_groups(inside, RULES)),
     }

@@ -61,5 +61,6 @@ def test_the_table_counts_whole_parameters(way, reports):
 
 def test_flat_parameters_alone_are_an_error(tmp_path):
     for report in run("flat", 2, tmp_path):
+        assert report["in a strategy"] == EXPECTED
         assert "wrap the model with use_orig_params=True" in report["flat"]
         assert "call build_decay_groups on the model with its outermost FSDP wrapper first" in report["unknown"]
