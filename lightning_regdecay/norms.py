@@ -38,9 +38,10 @@ class GroupL2Norm(Metric):
     types (against their stored values) at any size; no tensor is copied as a whole. NaN and infinity come out as they
     are.
 
-    Of a sharded tensor (``DTensor``) each process adds the part that it holds; ``compute()`` then adds up the parts, in
-    one all-reduce of one number per group over all processes, each of which must take part. Where nothing is sharded,
-    as under DDP, every process has the whole and asks no other.
+    Of a sharded tensor (a ``DTensor``, a parameter under FSDP1 or DeepSpeed ZeRO-3) each process adds the part that it
+    holds; ``compute()`` then adds up the parts, in one all-reduce of one number per group over all processes, each of
+    which must take part and hold a part of every group. Where nothing is sharded, as under DDP, every process has the
+    whole and asks no other.
 
     Raises:
         TypeError: for one text in place of a list of names.
