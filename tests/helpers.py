@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_regdecay import WeightDecayMixin
 
+# torch's own FSDP2 does not run on CPUs in older versions, such as 2.6.
+FSDP2_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 RULES = {"*.bias": 0.0, "*norm*": 0.01, "head.*": 1e-3, "*": 0.05}
 
 

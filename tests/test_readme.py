@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import run_python
+from helpers import FSDP2_RUNS_ON_CPU, run_python
 
 import lightning_regdecay
 
@@ -88,6 +88,7 @@ def test_the_example(tmp_path):
     assert "decay/rest/l2_norm" in (tmp_path / "logs/rules-csv/version_0/metrics.csv").read_text()
 
 
+@pytest.mark.skipif(not FSDP2_RUNS_ON_CPU, reason="this torch does not run FSDP2 on CPUs")
 def test_the_sharded_example(tmp_path):
     example = ROOT / "examples" / "sharded.py"
     output = run_python(example, "--epochs", 1, cwd=tmp_path, timeout=240, may_abort=True)
