@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import struct
+import time
 
 import pytest
 from helpers import LitHparams, trainer
@@ -108,16 +109,26 @@ def leveldb_records(data, offset):
             record = b""
 
 
-def test_wandb_offline(tmp_path):
-    from wandb.proto import wandb_internal_pb2
+def wandb_records(folder, seconds=60):
+    """All records of the only run, once W&B's own process has written the last one."""
+    from wandb.proto.wandb_internal_pb2 import Record
 
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+        records = [Record.FromString(data) for data in leveldb_records(path.read_bytes()[7:], offset=7)]
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"W&B did not finish its file in {seconds} s")
+
+
+def test_wandb_offline(tmp_path):
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     history = fit(logger)
     logger.experiment.finish()
-    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     rows, config = [], {}
-    for data in leveldb_records(path.read_bytes()[7:], offset=7):
-        record = wandb_internal_pb2.Record.FromString(data)
+    for record in wandb_records(tmp_path):
         rows.append(
             {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         )
