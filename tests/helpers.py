@@ -140,6 +140,9 @@ def run_python(*args: Any, cwd: Path, timeout: float, may_abort: bool = False, *
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.terminate()  # torchrun's workers are in sessions of their own: it ends them itself
+            process.wait(timeout=30)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     aborted = may_abort and "terminate called without an active exception" in output

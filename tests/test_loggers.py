@@ -102,6 +102,8 @@ def leveldb_records(data, offset):
             position += left
             continue
         length, kind = struct.unpack_from("<HB", data, position + 4)
+        if position + 7 + length > len(data):
+            return  # in the middle of being written
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (FULL, LAST):

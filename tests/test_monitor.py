@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_regdecay import WeightDecayMonitor
 
@@ -350,6 +351,33 @@ class TestGroupsOfAnyOptimizer:
         model.optimizer = lambda groups: torch.optim.SGD(groups, lr=0.01)  # AdamW's eps is 0 in float16
         record = self.figures(model, precision=precision)
         assert record["decay/head/l2_norm"] == pytest.approx(float64_norm([model.head.weight]), rel=1e-6)
+
+
+class TestWrappedSubmodules:
+    @pytest.mark.parametrize(
+        "wrap",
+        [lambda module: torch.compile(module, backend="eager"), checkpoint_wrapper],
+        ids=["compile", "checkpoint"],
+    )
+    def test_change_no_group_and_no_figure(self, wrap):
+        class Wrapped(LitRules):
+            def configure_model(self):
+                self.body = wrap(self.body)
+
+        plain, wrapped = WeightDecayMonitor(), WeightDecayMonitor()
+        trainer(max_epochs=2, callbacks=[plain]).fit(LitRules())
+        trainer(max_epochs=2, callbacks=[wrapped]).fit(Wrapped())
+        assert wrapped.history == plain.history
+
+    def test_a_compiled_model(self):
+        class Quiet(LitRules):  # torch 2.13 cannot compile the logging of Lightning 2.6
+            def training_step(self, batch, batch_idx):
+                return self.training_step_loss(batch)
+
+        plain, compiled = WeightDecayMonitor(), WeightDecayMonitor()
+        trainer(max_epochs=2, callbacks=[plain]).fit(Quiet())
+        trainer(max_epochs=2, callbacks=[compiled]).fit(torch.compile(Quiet(), backend="eager"))
+        assert compiled.history == plain.history
 
 
 class TestBesideAveragedWeights:
