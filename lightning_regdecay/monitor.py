@@ -90,7 +90,7 @@ class WeightDecayMonitor(Callback):
             self.history = []
         self._steps_seen = trainer.global_step
         self._warned.clear()
-        remember_flattened(trainer.strategy.model or pl_module)
+        remember_flattened(pl_module if trainer.strategy.model is None else trainer.strategy.model)
         self._parameters = {name: p.parameter for p in model_parameters(pl_module) for name in p.names}
         # Not in on_fit_start, where a resumed run does not hold the λ and lr of its checkpoint yet.
         if self.summary and trainer.is_global_zero:
@@ -115,6 +115,10 @@ class WeightDecayMonitor(Callback):
         # By max_steps, or by -1 from on_train_batch_start.
         if _logger_step(trainer) > 0:
             self._log(trainer, _logger_step(trainer) - 1)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the model."""
+        self._parameters = {}
 
     def plot(self, ax: Sequence[Any] | None = None) -> tuple[Figure, Any]:
         """Plot the norm and the penalty of each group over the optimizer steps.

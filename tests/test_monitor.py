@@ -215,13 +215,13 @@ class TestMoments:
         assert self.steps(model=Never(), max_epochs=1) == []
 
     def test_steps_after_resuming(self, tmp_path):
-        first = trainer(max_epochs=2, callbacks=[WeightDecayMonitor(3)])
+        first = trainer(max_epochs=2, callbacks=[WeightDecayMonitor(5)])
         first.fit(LitRules())
         first.save_checkpoint(tmp_path / "two.ckpt")
-        resumed, straight = WeightDecayMonitor(3), WeightDecayMonitor(3)
+        resumed, straight = WeightDecayMonitor(5), WeightDecayMonitor(5)
         trainer(max_epochs=4, callbacks=[resumed]).fit(LitRules(), ckpt_path=tmp_path / "two.ckpt")
         trainer(max_epochs=4, callbacks=[straight]).fit(LitRules())
-        assert [record["step"] for record in straight.history] == [3, 4, 6, 8, 9, 12, 15, 16]
+        assert [record["step"] for record in straight.history] == [4, 5, 8, 10, 12, 15, 16]
         assert resumed.history == straight.history
 
 
