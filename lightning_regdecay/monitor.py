@@ -69,7 +69,8 @@ class WeightDecayMonitor(Callback):
         self.history: list[dict[str, float]] = []
         self._steps_seen = 0
         self._warned: set[str] = set()
-        self._parameters: dict[str, torch.nn.Parameter] = {}
+        self._parameters: dict[str, torch.nn.Parameter] = {}  # of the model, by name
+        self._own: frozenset[torch.nn.Parameter] = frozenset()  # the same, without names
 
     @property
     def state_key(self) -> str:
@@ -92,6 +93,7 @@ class WeightDecayMonitor(Callback):
         self._warned.clear()
         remember_flattened(pl_module if trainer.strategy.model is None else trainer.strategy.model)
         self._parameters = {name: p.parameter for p in model_parameters(pl_module) for name in p.names}
+        self._own = frozenset(self._parameters.values())
         # Not in on_fit_start, where a resumed run does not hold the λ and lr of its checkpoint yet.
         if self.summary and trainer.is_global_zero:
             _print_table(self._table_rows(trainer, pl_module))
@@ -118,7 +120,7 @@ class WeightDecayMonitor(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the model."""
-        self._parameters = {}
+        self._parameters, self._own = {}, frozenset()
 
     def plot(self, ax: Sequence[Any] | None = None) -> tuple[Figure, Any]:
         """Plot the norm and the penalty of each group over the optimizer steps.
@@ -192,8 +194,10 @@ class WeightDecayMonitor(Callback):
         names stay.
         """
         names = group.get("param_names", [])
-        named = [self._parameters[name] for name in names if name in self._parameters]
-        return named if named and len(named) == len(names) else group["params"]
+        known = names and all(name in self._parameters for name in names)
+        if not known or (group["params"] and self._own.issuperset(group["params"])):
+            return group["params"]  # type: ignore[no-any-return]
+        return [self._parameters[name] for name in names]
 
     def _warn_if_not_finite(self, name: str, norm: float) -> None:
         if not math.isfinite(norm) and name not in self._warned:

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lightning_regdecay import WeightDecayMonitor
+from lightning_regdecay import WeightDecayMonitor, build_decay_groups
 
 GROUPS = {"bias": 0.0, "norm": 0.01, "head": 1e-3, "rest": 0.05}
 KEYS = {f"decay/{g}/{f}" for g in GROUPS for f in ("l2_norm", "penalty", "weight_decay")} | {"decay/total/penalty"}
@@ -325,6 +325,20 @@ class TestGroupsOfAnyOptimizer:
             "decay/total_2/l2_norm",
             "decay/a_b/l2_norm",
         }
+
+    def test_names_that_are_those_of_other_parameters(self):
+        class Two(LitBase):
+            def __init__(self):
+                super().__init__()
+                self.weight = nn.Parameter(torch.full((3,), 100.0))  # and build_decay_groups(self.head) has a `weight`
+
+            def configure_optimizers(self):
+                groups = build_decay_groups(self.head, {"weight": 0.1, "*": 0.0})
+                return torch.optim.SGD([group.as_param_group() for group in groups], lr=0.1)
+
+        model = Two()
+        record = self.figures(model)
+        assert record["decay/weight/l2_norm"] == pytest.approx(float64_norm([model.head.weight]), rel=1e-6)
 
     def test_an_optimizer_without_weight_decay_has_no_penalty(self):
         record = self.figures(ByHand(torch.optim.Rprop))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 from helpers import digits, leave
-from strategies.sharded_run import RULES, LitRules, Net
+from strategies.sharded_run import RULES, LitRules, Outer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
@@ -25,17 +25,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 from lightning_regdecay import GroupL2Norm, build_decay_groups
 
 CPU = torch.device("cpu")
-
-
-class Outer(nn.Module):
-    """Holds the network where a LightningModule would."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Net()
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.net(pixels)
 
 
 def wrapped(strategy: str) -> nn.Module:

@@ -50,6 +50,17 @@ class Net(nn.Module):
         return self.head(self.norm(self.down(self.up(pixels).relu()))) * self.scale
 
 
+class Outer(nn.Module):
+    """Holds the network where a LightningModule would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.net(pixels)
+
+
 class LitSharded(L.LightningModule):
     """Shards itself in one of several ways."""
 

@@ -16,22 +16,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from helpers import digits, leave
-from strategies.sharded_run import RULES, Net
+from strategies.sharded_run import RULES, Outer
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 from lightning_regdecay import WeightDecayMonitor, build_decay_groups
-
-
-class Outer(nn.Module):
-    """Holds the network where a LightningModule would."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Net()
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.net(pixels)
 
 
 def main(stage: int, out: Path) -> None:
