@@ -54,6 +54,9 @@ class WeightDecayMixin(_Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # TorchScript compiles all properties but these.
+        unused = [name for base in cls.__mro__ for name in vars(base).get("__jit_unused_properties__", ())]
+        cls.__jit_unused_properties__ = [*unused, "decay_groups"]
         before = cls.__mro__[: cls.__mro__.index(WeightDecayMixin)]
         if any(base.__name__ == "LightningModule" for base in before):
             raise TypeError(
@@ -98,7 +101,7 @@ class WeightDecayMixin(_Base):
 
         Returns:
             What the callable ``self.optimizer`` makes of them, where one is set (LightningCLI's ``OptimizerCallable``),
-            else AdamW, with the learning rate ``lr`` (or ``learning_rate``) of the module or its hyperparameters.
+            else AdamW, with the learning rate ``lr`` (or ``learning_rate``) of the hyperparameters or the module.
         """
         build = getattr(self, "optimizer", None)
         if build is None:
@@ -197,7 +200,7 @@ class WeightDecayMixin(_Base):
 
     def _lr(self) -> float | None:
         for name in _LR_NAMES:
-            for value in (getattr(self, name, None), self.hparams.get(name)):
+            for value in (self.hparams.get(name), getattr(self, name, None)):
                 if value is not None:
                     return nonnegative_number(name, value)
         return None

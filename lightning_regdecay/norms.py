@@ -16,12 +16,14 @@ from lightning_regdecay.parameters import local_part
 _ROW = 128
 """Elements whose squares are added in float32: few enough that the sum is right to 1e-6 for any data. Longer sums are
 not, though random numbers hide it, as their rounding errors cancel: `torch.dot` of 2^18 equal values is 3e-5 off."""
-_PIECE = {torch.float32: 2**22, torch.float16: 2**17, torch.bfloat16: 2**17}
-"""Elements per call. Half types are converted first, so the scratch memory stays under 1 MiB: 0.5 MiB of float32."""
-_MOST_NORMS = 2**16
-"""Norms of rows that are kept before they are added up: 0.25 MiB, and 0.5 MiB as float64."""
-_WIDENED_PIECE = 2**17
-"""Elements per call as float64: 1 MiB."""
+_PIECE = {torch.float32: 2**21, torch.float16: 2**16, torch.bfloat16: 2**16}
+"""Elements per call. Half types are converted to float32 first, 0.25 MiB of it: all scratch memory is under 1 MiB."""
+_MOST_NORMS = 2**15
+"""Norms of rows that are kept before they are added up: 0.125 MiB, as much in one piece, twice that as float64."""
+_WIDENED_PIECE = 2**16
+"""Elements per call as float64: 0.5 MiB."""
+_COPIED_PIECE = 2**15
+"""Elements that are copied at a time out of a tensor with gaps in memory, the last ones of which are still there."""
 _TINY_SQUARE = 1e-31
 """Mean square below which float32 squares may have lost bits to underflow (the smallest normal one is 1.2e-38)."""
 
@@ -181,7 +183,7 @@ def _fast_sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
             if in_rows:
                 norms.append(torch.linalg.vector_norm(part[:in_rows].view(-1, _ROW), dim=1))
             if in_rows < part.numel():
-                norms.append(part[in_rows:])
+                norms.append(part[in_rows:].clone())  # a view would keep what was converted or copied alive
             kept += part.numel() // _ROW + _ROW
             if kept > _MOST_NORMS:
                 sums.append(_dot(torch.cat(norms)))
@@ -213,9 +215,9 @@ def _flat(tensor: Tensor) -> Iterator[Tensor]:
         tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))  # channels_last and such
     if tensor.ndim <= 1 or tensor.is_contiguous():
         yield tensor.reshape(-1)
-    elif tensor[0].numel() > _WIDENED_PIECE:
+    elif tensor[0].numel() > _COPIED_PIECE:
         for row in tensor:
             yield from _flat(row)
     else:  # gaps in memory: copied, a few rows at a time
-        for rows in torch.split(tensor, _WIDENED_PIECE // max(tensor[0].numel(), 1)):
+        for rows in torch.split(tensor, _COPIED_PIECE // max(tensor[0].numel(), 1)):
             yield rows.reshape(-1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -134,6 +136,11 @@ class TestWhereTheOptimizerComesFrom:
 
         for model in (Attribute(), Property()):
             assert model.configure_optimizers().param_groups[0]["lr"] == 0.5
+
+    def test_hyperparameters_come_before_the_module(self):
+        model = LitHparams(lr=0.25, decay_rules=RULES)
+        model.lr = 0.5
+        assert model.configure_optimizers().param_groups[0]["lr"] == 0.25
 
     def test_a_learning_rate_that_is_no_number(self):
         with pytest.raises(ValueError, match="lr must be a number, got the text 'fast'"):
@@ -366,6 +373,23 @@ class TestTraining:
         with pytest.warns(UserWarning, match="takes nothing") as caught:
             trainer(callbacks=[WeightDecayMonitor()]).fit(Lit())
         assert sum("takes nothing" in str(w.message) for w in caught) == 1
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_models_can_still_be_scripted(self):
+        class Scriptable(LitRules):
+            def forward(self, pixels):
+                return self.head(self.norm(self.body(pixels)))
+
+        model = Scriptable()
+        if not hasattr(model, "to_torchscript"):
+            pytest.skip("lightning has no to_torchscript from 2.8 on")
+        pixels = torch.rand(3, 64)
+        assert torch.equal(model.to_torchscript()(pixels), model.eval()(pixels))
+
+    def test_an_optimizer_can_be_copied_and_pickled(self):
+        optimizer = LitRules().configure_optimizers()
+        for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            assert strengths(copied) == strengths(optimizer)
 
     def test_param_groups_carry_names(self):
         optimizer = LitRules().configure_optimizers()
