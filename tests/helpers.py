@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -109,6 +110,13 @@ def float64_norm(tensors: Any) -> float:
 def members(groups: Any) -> dict[str, list[str]]:
     """Group name to the names of its parameters."""
     return {group.name: list(group.params) for group in groups}
+
+
+def peak_memory(profile: torch.profiler.profile) -> int:
+    """The most bytes that were allocated at a time while the profile was taken."""
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events)
+    return max(itertools.accumulate(change for _, change in changes))
 
 
 def leave() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
-from helpers import float64_norm
+from helpers import float64_norm, peak_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,13 +17,6 @@ def norm(*tensors):
     metric = GroupL2Norm(["g"])
     metric.update({"g": tensors})
     return metric.compute()["g"].item()
-
-
-def peak_memory(profile):
-    """The most bytes that were allocated at a time while the profile was taken."""
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events)
-    return max(itertools.accumulate(change for _, change in changes))
 
 
 def relative_error(value, truth):

@@ -9,12 +9,17 @@ memory, the others' are not there. So times, collectives and memory are those of
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
 import torch.distributed as dist
+from helpers import peak_memory
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -111,7 +116,7 @@ def measure(world: int) -> str:
             times.append(time.perf_counter() - start)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             metric.update({group.name: group.params.values() for group in groups})
-        scratch = max(event.cpu_memory_usage for event in profile.events()) / 2**20
+        scratch = peak_memory(profile) / 2**20
         row += f"{here / 1e6:>14.1f}{median(times):>14.3f}"
         row += f"{len(collectives.sizes):>13}{sum(collectives.sizes):>9}{scratch:>14.2f}"
     dist.destroy_process_group()
