@@ -20,4 +20,4 @@ def test_the_other_rank_ends_with_a_message(tmp_path):
             process.kill()
     assert "unknown groups ['typo']" in errors[1]
     assert ranks[0].returncode != 0
-    assert "Connection closed by peer" in errors[0] or "Connection reset by peer" in errors[0]
+    assert any(text in errors[0] for text in ("closed by peer", "reset by peer", "Broken pipe"))
