@@ -42,7 +42,7 @@ class DecayGroup:
     @property
     def numel(self) -> int:
         """The number of scalar parameters, of the whole parameters where they are sharded."""
-        return sum(original_shape(parameter).numel() for parameter in self.params.values())
+        return _numel(self.params.values())
 
     @property
     def strength_text(self) -> str:
@@ -184,12 +184,12 @@ def build_decay_groups(module: nn.Module, rules: DecayRules, *, strict: bool = T
     for line in problems + remarks:
         rank_zero_warn(line)
 
-    default = unique_name("default", {str(rule.group) for rule in parsed})
-    members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in [*(str(r.group) for r in parsed), default]}
+    names = [str(rule.group) for rule in parsed]
+    default = unique_name("default", names)
+    members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in [*names, default]}
     for parameter, index in zip(trainable, taken_by):
-        name = default if index is None else str(parsed[index].group)
-        members[name][parameter.name] = parameter.parameter
-    first_rule = {str(rule.group): rule for rule in reversed(parsed)}
+        members[default if index is None else names[index]][parameter.name] = parameter.parameter
+    first_rule = dict(zip(reversed(names), reversed(parsed)))
     groups = [DecayGroup(name, first_rule.get(name), params) for name, params in members.items() if params]
     return DecayGroups(groups, parameters, parsed)
 
@@ -231,8 +231,7 @@ def _review(
 def table_row(name: str, rule: str, parameters: Iterable[Any], weight_decay: object, lr: object) -> list[str]:
     """The cells of one group in a table under ``TABLE_HEADER``."""
     parameters = list(parameters)
-    numel = sum(original_shape(parameter).numel() for parameter in parameters)
-    return [name, rule, f"{len(parameters):,}", f"{numel:,}", _cell(weight_decay), _cell(lr)]
+    return [name, rule, f"{len(parameters):,}", f"{_numel(parameters):,}", _cell(weight_decay), _cell(lr)]
 
 
 def total_row(parameters: Iterable[Any]) -> list[str]:
@@ -248,6 +247,10 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in (header, *rows)
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _numel(parameters: Iterable[Any]) -> int:
+    return sum(original_shape(parameter).numel() for parameter in parameters)
 
 
 def _cell(value: object) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_regdecay.names import REGEX_PREFIX, hint, literal_text
 from lightning_regdecay.parameters import ModelParameter, Place
-from lightning_regdecay.rules import DecayRule, class_path, classes_of, compile_pattern, patterns_of
+from lightning_regdecay.rules import DecayRule, class_path, class_text, classes_of, compile_pattern, patterns_of
 
 _MOST_NAMES = 5000  # compared on the way to a hint, so that a typo in a huge model is answered at once
 
@@ -66,7 +66,7 @@ def _conditions(rule: DecayRule) -> Iterable[_Condition]:
         )
     if classes_of(rule):
         tests = [_class_test(selector) for selector in classes_of(rule)]
-        wanted = listed(map(_class_text, classes_of(rule)), " or ")
+        wanted = listed(map(class_text, classes_of(rule)), " or ")
         yield _Condition(
             lambda parameter, place: any(test(type(place.module)) for test in tests),
             lambda parameter, place: f"its module is a {type(place.module).__name__}, not a {wanted}",
@@ -118,10 +118,6 @@ def _imported_class(path: str) -> type | None:
     return found if isinstance(found, type) else None
 
 
-def _class_text(selector: str | type) -> str:
-    return selector if isinstance(selector, str) else selector.__name__
-
-
 def problem_of(matcher: Matcher, module: nn.Module, parameters: Sequence[ModelParameter]) -> str | None:
     """What is wrong with a rule whatever the others take: a pattern, class or combination that nothing matches."""
     names = [name for p in parameters for name in p.names]
@@ -132,7 +128,7 @@ def problem_of(matcher: Matcher, module: nn.Module, parameters: Sequence[ModelPa
     for selector in classes_of(matcher.rule):
         test = _class_test(selector)
         if not any(map(test, owners)):
-            return _class_problem(_class_text(selector), test, dict.fromkeys(type(m) for m in module.modules()))
+            return _class_problem(class_text(selector), test, dict.fromkeys(type(m) for m in module.modules()))
     if any(map(matcher.takes, parameters)):
         return None
     bounded = matcher.rule.min_ndim is not None or matcher.rule.max_ndim is not None

@@ -157,6 +157,7 @@ class WeightDecayMixin(_Base):
         if given is not None and isinstance(self.hparams, dict):
             given = copied_rules(given)
             self.hparams["decay_rules"] = plain_rules(given)
+            # Not the same object again: whoever changes the hyperparameter is to be noticed.
             self._given_rules = (plain_rules(given), given)
 
     @property

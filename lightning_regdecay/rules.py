@@ -100,7 +100,7 @@ class DecayRule:
         """
         parts = [" | ".join(patterns_of(self))] if patterns_of(self) else []
         if classes_of(self):
-            parts.append("modules=" + " | ".join(c if isinstance(c, str) else c.__name__ for c in classes_of(self)))
+            parts.append("modules=" + " | ".join(map(class_text, classes_of(self))))
         parts += [f"{name}={bound}" for name, bound in self._bounds()]
         if self.where is not None:
             parts.append(f"where={_function_name(self.where)}")
@@ -139,8 +139,8 @@ def parse_rules(rules: DecayRules) -> tuple[DecayRule, ...]:
     elif isinstance(rules, Sequence) and not isinstance(rules, (str, bytes)):
         parsed = [_from_entry(index, entry) for index, entry in enumerate(rules)]
     else:
-        hint = "; text must be read first, with yaml.safe_load or json.loads" if isinstance(rules, str) else ""
-        raise TypeError(f"decay rules are a mapping or a list of rules, got {type(rules).__name__} {rules!r}{hint}")
+        advice = "; text must be read first, with yaml.safe_load or json.loads" if isinstance(rules, str) else ""
+        raise TypeError(f"decay rules are a mapping or a list of rules, got {type(rules).__name__} {rules!r}{advice}")
 
     taken = _RESERVED_GROUPS | {rule.group for _, rule in parsed if rule.group is not None}
     named = []
@@ -241,6 +241,11 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def class_text(selector: str | type) -> str:
+    """An entry of ``modules`` as text: a pattern as it is, a class by its name."""
+    return selector if isinstance(selector, str) else selector.__name__
+
+
 def _from_item(key: Any, value: Any) -> tuple[str, DecayRule]:
     """The group's name, unless the rule gives one itself, and the rule of one item of a mapping."""
     if not isinstance(key, str):
@@ -290,7 +295,7 @@ def _name_from_selectors(rule: DecayRule) -> str:
     if patterns_of(rule):
         return "_".join(map(name_of_pattern, patterns_of(rule)))
     if classes_of(rule):
-        return "_".join(name_of_pattern(c if isinstance(c, str) else c.__name__) for c in classes_of(rule))
+        return "_".join(name_of_pattern(class_text(selector)) for selector in classes_of(rule))
     bounds = "_".join(f"{name}_{bound}" for name, bound in rule._bounds())
     return bounds or (safe_name(_function_name(rule.where)) if rule.where else name_of_pattern("*"))
 
