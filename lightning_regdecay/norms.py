@@ -46,7 +46,7 @@ class GroupL2Norm(Metric):
     whole and asks no other.
 
     Raises:
-        TypeError: for one text in place of a list of names.
+        TypeError: for anything but a list of names.
         ValueError: for names that are not unique.
 
     >>> metric = GroupL2Norm(["bias", "weight"])
@@ -65,6 +65,8 @@ class GroupL2Norm(Metric):
         super().__init__(**{**synchronisation, **kwargs})
         if isinstance(groups, str):
             raise TypeError(f"groups must be a list of names, got the text {groups!r}; write [{groups!r}]")
+        if not isinstance(groups, Iterable):
+            raise TypeError(f"groups must be a list of names, got {groups!r}")
         self.groups = tuple(groups)
         if len(set(self.groups)) != len(self.groups):
             raise ValueError(f"group names must be unique, got {list(self.groups)}")
@@ -79,7 +81,7 @@ class GroupL2Norm(Metric):
             tensors: group name to tensors of any shape.
 
         Raises:
-            TypeError: for anything but a mapping.
+            TypeError: for anything but a mapping to lists of tensors.
             ValueError: for an unknown group.
         """
         if not isinstance(tensors, Mapping):
@@ -90,6 +92,11 @@ class GroupL2Norm(Metric):
         parts: list[list[Tensor]] = []
         places: list[tuple[int, int, float]] = []  # row and column of the state, and the weight there
         for name, members in tensors.items():
+            if isinstance(members, Tensor) or not isinstance(members, Iterable):
+                # Rows of a tensor would pass for tensors, and those of a shard for whole ones.
+                raise TypeError(
+                    f"group {name!r} must get a list of tensors, got {type(members).__name__}; write [tensor]"
+                )
             by_shards: dict[int, list[Tensor]] = {}
             for tensor in members:
                 part, shards = local_part(tensor)

@@ -184,6 +184,12 @@ class TestMetric:
             GroupL2Norm(["a", "a"])
         with pytest.raises(TypeError, match=r"groups must be a list of names, got the text 'bias'; write \['bias'\]"):
             GroupL2Norm("bias")
+        with pytest.raises(TypeError, match="groups must be a list of names, got None"):
+            GroupL2Norm(None)
+        with pytest.raises(TypeError, match=r"group 'a' must get a list of tensors, got Tensor; write \[tensor\]"):
+            GroupL2Norm(["a"]).update({"a": torch.ones(2)})
+        with pytest.raises(TypeError, match="group 'a' must get a list of tensors, got NoneType"):
+            GroupL2Norm(["a"]).update({"a": None})
         with pytest.raises(TypeError, match="update takes a mapping of group names to tensors, got list"):
             GroupL2Norm(["a"]).update([torch.ones(1)])
 
