@@ -13,6 +13,7 @@ from lightning_regdecay.matching import Matcher, listed, nearest_names, problem_
 from lightning_regdecay.names import unique_name
 from lightning_regdecay.parameters import ModelParameter, model_parameters, original_shape
 from lightning_regdecay.rules import DecayRule, DecayRules, classes_of, parse_rules, patterns_of
+from lightning_regdecay.schedules import DecaySchedule, scheduled_param_group
 
 TABLE_HEADER = ("group", "rule", "tensors", "parameters", "weight_decay", "lr")
 _OWN = "optimizer's"
@@ -67,6 +68,8 @@ class DecayGroup:
         if self.rule is None:
             return group
         strength = self.rule.weight_decay
+        if isinstance(strength, DecaySchedule):
+            return {**group, **scheduled_param_group(strength), **self.rule.options}
         if self.rule.decay_mult is not None:
             if weight_decay is None:
                 raise ValueError(

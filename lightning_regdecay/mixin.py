@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from torch.optim import Optimizer
 from lightning_regdecay.groups import DecayGroup, DecayGroups, build_decay_groups
 from lightning_regdecay.names import hint
 from lightning_regdecay.parameters import model_parameters, remember_flattened
-from lightning_regdecay.rules import DecayRules, copied_rules, nonnegative_number, plain_rules, rules_by_group
+from lightning_regdecay.rules import DecayRules, copied_rules, plain_rules, rules_by_group
+from lightning_regdecay.schedules import DecaySchedule, follow_schedules, nonnegative_number, schedule_weight_decay
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -87,6 +89,7 @@ class WeightDecayMixin(_Base):
         optimizer = self._build_checked_optimizer(groups)
         self._rule_texts = {tuple(group.params): groups.rule_text(group) for group in groups}
         scheduler = self.build_lr_scheduler(optimizer)
+        self._follow_schedules(groups, optimizer)
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
@@ -275,6 +278,18 @@ class WeightDecayMixin(_Base):
 
         optimizer.add_param_group = add  # type: ignore[method-assign]
 
+    def _follow_schedules(self, groups: DecayGroups, optimizer: Optimizer) -> None:
+        """Keep the λ of groups with a schedule on it, over the run of the Trainer where there is one."""
+        schedules = [group.rule.weight_decay for group in groups if group.rule is not None]
+        schedules = [schedule for schedule in schedules if isinstance(schedule, DecaySchedule)]
+        if not schedules:
+            return
+        trainer = getattr(self, "_trainer", None)
+        if trainer is None:  # only Fabric, or the user, knows how long the run will be
+            follow_schedules(optimizer)
+            return
+        schedule_weight_decay(optimizer, **_run_length(trainer))
+
     def _warn_of_unused_configuration(self) -> None:
         """Tell a user whose base class has optimizers of its own that these are not the ones in use."""
         bases = type(self).__mro__[type(self).__mro__.index(WeightDecayMixin) + 1 :]
@@ -290,6 +305,15 @@ class WeightDecayMixin(_Base):
 
 
 _NO_WEIGHT_DECAY = "{optimizer} knows no weight decay, so decay rules cannot work with it; use one such as AdamW or SGD"
+
+
+def _run_length(trainer: Any) -> dict[str, float]:
+    """The optimizer steps of the run and of an epoch, as far as they can be known beforehand."""
+    total_steps = trainer.estimated_stepping_batches  # makes the data loaders, whose lengths are needed
+    batches = trainer.num_training_batches
+    steps_per_epoch = batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    lengths = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+    return {name: length for name, length in lengths.items() if 0 < length < math.inf}
 
 
 def _without_multiple(group: DecayGroup) -> dict[str, Any]:

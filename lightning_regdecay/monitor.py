@@ -17,6 +17,7 @@ from lightning_regdecay.mixin import WeightDecayMixin
 from lightning_regdecay.names import safe_name, unique_name
 from lightning_regdecay.norms import GroupL2Norm
 from lightning_regdecay.parameters import model_parameters, remember_flattened
+from lightning_regdecay.schedules import refresh_schedules, schedule_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,6 +95,8 @@ class WeightDecayMonitor(Callback):
         remember_flattened(pl_module if trainer.strategy.model is None else trainer.strategy.model)
         self._parameters = {name: p.parameter for p in model_parameters(pl_module) for name in p.names}
         self._own = frozenset(self._parameters.values())
+        for optimizer in trainer.optimizers:
+            refresh_schedules(optimizer)
         # Not in on_fit_start, where a resumed run does not hold the λ and lr of its checkpoint yet.
         if self.summary and trainer.is_global_zero:
             _print_table(self._table_rows(trainer, pl_module))
@@ -213,7 +216,7 @@ class WeightDecayMonitor(Callback):
                 name,
                 rules.get(tuple(group.get("param_names", ())), "-"),
                 self._members(group),
-                _weight_decay(group),
+                _strength_text(group),
                 float(group["lr"]) if "lr" in group else "-",
             )
             for name, group in groups.items()
@@ -232,6 +235,12 @@ def _logger_step(trainer: Trainer) -> int:
 def _weight_decay(group: dict[str, Any]) -> float:
     """The λ of a param group, 0 for an optimizer that knows none."""
     return float(group.get("weight_decay") or 0.0)
+
+
+def _strength_text(group: dict[str, Any]) -> str:
+    """The λ of a param group, with the schedule that it is on."""
+    schedule = schedule_of(group)
+    return f"{_weight_decay(group):g}" + (f" ({schedule.text})" if schedule is not None else "")
 
 
 def _live_groups(trainer: Trainer) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from decimal import Decimal
 from typing import Any, TypeAlias, cast
 
 from lightning_regdecay.names import REGEX_PREFIX, hint, name_of_pattern, safe_name, unique_name
+from lightning_regdecay.schedules import DecaySchedule, nonnegative_number, number_of
 
 DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any]
 """Rules in any form that users write: see :func:`parse_rules`."""
 
-_SET_BY_THE_RULE = {"params", "param_names", "name", "weight_decay"}
+_SET_BY_THE_RULE = {"params", "param_names", "name", "weight_decay", "decay_schedule", "decay_step"}
 _SELECTORS = {"params", "modules", "min_ndim", "max_ndim", "where"}
 _RESERVED_GROUPS = {"total"}  # `<prefix>/total/penalty` is the sum over all groups
 
@@ -30,7 +29,8 @@ class DecayRule:
 
     Args:
         weight_decay: λ, the coefficient as torch optimizers define it (the gradient of the L2 term is λ·w). A number or
-            its text, as YAML reads ``1e-3``.
+            its text, as YAML reads ``1e-3``; a :class:`~lightning_regdecay.schedules.DecaySchedule` or its fields where
+            λ changes while training.
         decay_mult: instead of ``weight_decay``, a factor on the optimizer's own default. Exactly one of the two.
         params: glob(s) over the full parameter name. ``*`` crosses dots, case counts, the whole name must match; after
             ``re:`` comes a regular expression instead, which is searched.
@@ -52,7 +52,7 @@ class DecayRule:
     DecayRule(decay_mult=0.1, modules=['*Norm*', '_ConvNd'], group='slow')
     """
 
-    weight_decay: float | None = None
+    weight_decay: float | DecaySchedule | None = None
     _: KW_ONLY
     decay_mult: float | None = None
     params: str | Sequence[str] = ()
@@ -65,7 +65,7 @@ class DecayRule:
 
     def __post_init__(self) -> None:
         checked = {
-            "weight_decay": nonnegative_number("weight_decay", self.weight_decay),
+            "weight_decay": _strength(self.weight_decay),
             "decay_mult": nonnegative_number("decay_mult", self.decay_mult),
             "params": _selectors("params", self.params, (str,)),
             "modules": _selectors("modules", self.modules, (str, type)),
@@ -113,6 +113,8 @@ class DecayRule:
         >>> DecayRule(1e-3).strength_text, DecayRule(decay_mult=0.5).strength_text
         ('0.001', "0.5 x optimizer's")
         """
+        if isinstance(self.weight_decay, DecaySchedule):
+            return self.weight_decay.text
         return f"{self.weight_decay:g}" if self.decay_mult is None else f"{self.decay_mult:g} x optimizer's"
 
     def _bounds(self) -> list[tuple[str, int]]:
@@ -172,6 +174,8 @@ def plain_rules(rules: Any) -> Any:
         return float(rules)
     if isinstance(rules, DecayRule):
         return {name: plain_rules(_shorter(value)) for name, value in given_fields(rules).items()}
+    if isinstance(rules, DecaySchedule):
+        return rules.as_dict()
     if isinstance(rules, Mapping):
         return {plain_rules(key): plain_rules(value) for key, value in rules.items()}
     if hasattr(rules, "tolist"):  # of torch or NumPy
@@ -200,7 +204,8 @@ def rules_by_group(rules: Mapping[str, Any]) -> dict[str, Any]:
     """
     named: dict[str, Any] = {}
     for key, value in rules.items():
-        given = value if isinstance(value, Mapping) else {"weight_decay": value}
+        is_rule = isinstance(value, Mapping) and not _is_schedule(value)
+        given = value if is_rule else {"weight_decay": value}
         named[unique_name(name_of_pattern(key), named)] = given if _has_selector(given) else {"params": key, **given}
     return named
 
@@ -250,7 +255,7 @@ def _from_item(key: Any, value: Any) -> tuple[str, DecayRule]:
     """The group's name, unless the rule gives one itself, and the rule of one item of a mapping."""
     if not isinstance(key, str):
         raise TypeError(f"decay rules map patterns or names (text) to rules, got the key {key!r}; write {str(key)!r}")
-    if not isinstance(value, (DecayRule, Mapping)):  # {pattern: λ}
+    if not isinstance(value, (DecayRule, Mapping)) or _is_schedule(value):  # {pattern: λ}
         value = {"weight_decay": value, "params": key} if value is not None else {}
     label = f"decay rule {key!r}"
     rule = _rule(label, value)
@@ -273,7 +278,7 @@ def _rule(label: str, value: DecayRule | Mapping[str, Any]) -> DecayRule:
     """A rule from its fields; every error says which rule it is about."""
     if isinstance(value, DecayRule):
         return value
-    known = [f.name for f in fields(DecayRule)]
+    known = _field_names(DecayRule)
     for name in value:
         if name not in known:
             raise TypeError(
@@ -313,28 +318,31 @@ def _check_agreement(rules: Sequence[DecayRule]) -> None:
                 )
 
 
-def nonnegative_number(name: str, value: Any) -> float | None:
-    """A coefficient from a number or its text; None where it is not given."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal, str)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    number = _number(value)
-    if number is None:
-        raise ValueError(f"{name} must be a number, got the text {value!r}")
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-    return number
+def _field_names(kind: type[DecayRule] | type[DecaySchedule]) -> list[str]:
+    return [f.name for f in fields(kind)]
 
 
-def _number(value: Any) -> float | None:
-    """A number from a number or its text, None where the text is none."""
-    try:
-        return float(value)
-    except ValueError:
-        return None
-    except OverflowError:
-        return math.inf
+def _is_schedule(value: Any) -> bool:
+    """Whether a mapping holds the fields of a schedule, not those of a rule."""
+    return isinstance(value, Mapping) and "schedule" in value
+
+
+def _strength(value: Any) -> float | DecaySchedule | None:
+    if isinstance(value, DecaySchedule):
+        return value
+    if not isinstance(value, Mapping):
+        return nonnegative_number("weight_decay", value)
+    known = _field_names(DecaySchedule)
+    if not _is_schedule(value):
+        raise TypeError(
+            f"weight_decay must be a number or a schedule, such as {{schedule: cosine, start: 0.04, end: 0.4}}, got "
+            f"{dict(value)!r}"
+        )
+    for name in value:
+        if name not in known:
+            advice = "; it goes beside weight_decay, not into it" if name in _field_names(DecayRule) else ""
+            raise TypeError(f"unknown field {name!r} of a schedule; {hint(str(name), known)}{advice}")
+    return DecaySchedule(**value)
 
 
 def _selectors(name: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
@@ -409,7 +417,7 @@ def _options(value: Any) -> dict[str, Any]:
 def _option(value: Any) -> Any:
     """An option as an optimizer takes it: numbers that came as text (YAML's ``1e-3``) are numbers, lists are tuples."""
     if isinstance(value, str):
-        number = _number(value)
+        number = number_of(value)
         return value if number is None else number
     if isinstance(value, Sequence):
         return tuple(_option(entry) for entry in value)

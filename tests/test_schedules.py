@@ -1,0 +1,514 @@
+"""Schedules: λ over time, by its formula, at every optimizer step."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import LitBase, LitHparams, digits, trainer
+from omegaconf import OmegaConf
+from torch import nn
+
+from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor, build_decay_groups
+from lightning_regdecay.rules import parse_rules, plain_rules, rules_by_group
+from lightning_regdecay.schedules import DecaySchedule, refresh_schedules, schedule_weight_decay
+
+DINO = {"schedule": "cosine", "start": 0.04, "end": 0.4}
+
+
+def strengths(rules, build=None, model=LitHparams, **options):
+    """λ of the first group after each optimizer step of a run: 4 batches an epoch, by default 2 epochs."""
+    model = model(lr=0.01, decay_rules=rules)
+    if build is not None:
+        model.build_optimizer = build
+    monitor = WeightDecayMonitor(every_n_steps=1, summary=False)
+    trainer(**{"max_epochs": 2, "callbacks": [monitor], **options}).fit(model)
+    key = next(key for key in monitor.history[0] if key.endswith("/weight_decay"))
+    return [record[key] for record in monitor.history]
+
+
+def plain_optimizer(schedule, kind=torch.optim.AdamW, **options):
+    groups = build_decay_groups(nn.Linear(2, 2), {"*": schedule})
+    return kind([group.as_param_group() for group in groups], **{"lr": 0.1, **options})
+
+
+class TestFormulas:
+    """Against numpy, and the schedules of others."""
+
+    def test_cosine_is_dinos(self):
+        # Caron et al. 2021, arXiv 2104.14294: the value of iteration t of T.
+        t = np.arange(10)
+        expected = 0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * t / 10))
+        assert [DecaySchedule(**DINO).value(int(i), length=10) for i in t] == pytest.approx(list(expected), rel=1e-12)
+
+    def test_linear(self):
+        expected = [*np.linspace(0.1, 0.2, 5), 0.2, 0.2]
+        values = [DecaySchedule("linear", 0.1, 0.2).value(t, length=4) for t in range(7)]
+        assert values == pytest.approx(expected, rel=1e-12)
+
+    def test_exponential(self):
+        values = [DecaySchedule("exponential", 1e-4, 1e-1).value(t, length=6) for t in range(7)]
+        assert values == pytest.approx(list(np.geomspace(1e-4, 1e-1, 7)), rel=1e-12)
+
+    @pytest.mark.parametrize("kind", ["linear", "cosine", "exponential"])
+    def test_a_delay_holds_the_start(self, kind):
+        schedule = DecaySchedule(kind, 0.1, 0.4)
+        values = [schedule.value(t, length=4, delay=3) for t in range(8)]
+        assert values[:4] == [0.1] * 4
+        assert values[4:] == [schedule.value(t, length=4) for t in range(1, 5)]
+
+    def test_constant_begins_after_its_delay(self):
+        assert [DecaySchedule("constant", 0.1).value(t, delay=2) for t in range(4)] == [0.0, 0.0, 0.1, 0.1]
+
+    def test_follow_lr(self):
+        assert DecaySchedule("follow_lr", 0.1).value(5, lr=0.01, peak_lr=0.04) == pytest.approx(0.025)
+
+    def test_timescale(self):
+        # Wang & Aitchison 2024, arXiv 2405.13698: τ = 1 / (lr · λ).
+        decay = DecaySchedule("timescale", steps=500).value(0, length=500, peak_lr=0.01)
+        assert 1 / (0.01 * decay) == pytest.approx(500)
+
+
+class TestForms:
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '"*": {schedule: cosine, start: 0.04, end: 0.4}',
+            '"*": {schedule: cosine, start: 4e-2, end: 4e-1}',
+            '"*": {weight_decay: {schedule: cosine, start: 0.04, end: 0.4}}',
+            'rest: {params: "*", weight_decay: {schedule: cosine, start: 0.04, end: 0.4}}',
+        ],
+    )
+    def test_yaml(self, text):
+        expected = (DecayRule(DecaySchedule("cosine", 0.04, 0.4), params="*", group="rest"),)
+        assert parse_rules(yaml.safe_load(text)) == expected
+        assert parse_rules(OmegaConf.create(text)) == expected
+
+    def test_code(self):
+        schedule = DecaySchedule("cosine", 0.04, 0.4)
+        expected = (DecayRule(schedule, params="*", group="rest"),)
+        assert parse_rules({"*": schedule}) == expected
+        assert parse_rules([DecayRule(schedule, params="*")]) == expected
+        assert parse_rules([DecayRule(DINO, params="*")]) == expected
+
+    def test_plain_data_means_the_same(self):
+        rules = {
+            "*.bias": DecaySchedule("linear", 0.1, 0, epochs=1.5),
+            "b": DecayRule(DecaySchedule(**DINO), params="*"),
+        }
+        plain = plain_rules(rules)
+        assert plain == {
+            "*.bias": {"schedule": "linear", "start": 0.1, "end": 0.0, "epochs": 1.5},
+            "b": {"weight_decay": DINO, "params": "*"},
+        }
+        assert parse_rules(plain) == parse_rules(rules)
+        assert parse_rules(rules_by_group(plain)) == parse_rules(rules)
+
+    @pytest.mark.parametrize(
+        ("schedule", "text"),
+        [
+            (DecaySchedule("constant", 0.1, delay_steps=20), "constant 0.1 after 20 steps"),
+            (DecaySchedule(**DINO), "cosine 0.04 to 0.4"),
+            (DecaySchedule("linear", 1, 0, steps=9, delay_epochs=0.5), "linear 1 to 0 over 9 steps after 0.5 epochs"),
+            (DecaySchedule("follow_lr", 0.1), "follow_lr 0.1"),
+            (DecaySchedule("timescale", epochs=10), "timescale 10 epochs"),
+        ],
+    )
+    def test_tables_show_it(self, schedule, text):
+        assert f"  {text}  " in str(build_decay_groups(nn.Linear(2, 2), {"*": schedule}))
+        assert eval(repr(schedule)) == schedule
+
+    def test_it_is_stored_with_the_hyperparameters(self):
+        assert LitHparams(decay_rules={"*": DecaySchedule(**DINO)}).hparams["decay_rules"] == {"*": DINO}
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'?"),
+            ({"schedule": ["cosine", "linear"]}, "a value has one schedule only"),
+            ({"schedule": "cosine", "start": 0.1}, "a cosine schedule needs end, the λ that it has there"),
+            ({"schedule": "follow_lr"}, "a follow_lr schedule needs start"),
+            ({**DINO, "start": -1}, "start must be a finite number of at least 0, got -1"),
+            ({**DINO, "end": "much"}, "end must be a number, got the text 'much'"),
+            ({**DINO, "steps": 10, "epochs": 1}, "steps and epochs say the same thing twice"),
+            ({**DINO, "delay_steps": 10, "delay_epochs": 1}, "delay_steps and delay_epochs say the same thing twice"),
+            ({**DINO, "steps": 0}, "steps must be a whole number of at least 1, got 0"),
+            ({**DINO, "steps": 1.5}, "steps must be a whole number of at least 1, got 1.5"),
+            ({**DINO, "epochs": 0}, "epochs must be above 0, got 0"),
+            ({**DINO, "peak_lr": 0.1}, "a cosine schedule has no peak_lr; it has start, end, steps, epochs"),
+            ({"schedule": "constant", "start": 0.1, "end": 0.2}, "a constant schedule has no end"),
+            ({"schedule": "timescale"}, "a timescale needs steps or epochs"),
+            ({"schedule": "exponential", "start": 0.1, "end": 0}, "goes between values above 0, got 0.1 and 0;"),
+            ({**DINO, "stop": 0.4}, "unknown field 'stop' of a schedule; did you mean"),
+            ({**DINO, "params": "a.*"}, "it goes beside weight_decay, not into it"),
+            ({**DINO, "weight_decay": 0.1}, "it goes beside weight_decay, not into it"),
+        ],
+    )
+    def test_messages(self, fields, message):
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)) as error:
+            parse_rules({"*": fields})
+        assert str(error.value).startswith("decay rule '*': ")
+
+    def test_a_mapping_that_is_no_schedule(self):
+        with pytest.raises(TypeError, match=r"weight_decay must be a number or a schedule, such as {schedule: cosine"):
+            DecayRule({"start": 0.1})
+
+    def test_two_schedules_for_one_group(self):
+        with pytest.raises(ValueError, match="share the group 'a' but disagree on weight_decay"):
+            parse_rules([DecayRule(DINO, params="a.*", group="a"), DecayRule(0.1, params="b.*", group="a")])
+
+    @pytest.mark.parametrize("other", [0.0, 0.3])
+    def test_two_schedules_at_work_on_one_group(self, other):
+        optimizer = plain_optimizer(DINO)
+        schedule_weight_decay(optimizer, total_steps=10)
+        optimizer.step()
+        optimizer.param_groups[0]["weight_decay"] = other
+        with pytest.raises(RuntimeError, match=f"two schedules set the weight decay of group 'rest'.*{other:g}"):
+            optimizer.step()
+
+    def test_a_run_without_an_end(self):
+        with pytest.raises(ValueError, match=re.escape("group 'rest' needs the length of the run, which is not known")):
+            strengths({"*": DINO}, max_epochs=-1)
+        assert len(strengths({"*": {**DINO, "steps": 3}}, max_epochs=-1, max_steps=5)) == 5
+
+    def test_no_trainer_to_ask_for_the_length(self):
+        model = LitHparams(decay_rules={"*": DINO})
+        optimizer = model.configure_optimizers()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=re.escape("steps=1000, or call lightning_regdecay.schedules.schedule_")):
+            optimizer.step()
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        schedule_weight_decay(optimizer, total_steps=100)
+        optimizer.step()
+        with pytest.raises(ValueError, match="length of the epoch, which is not known here; give the schedule steps"):
+            schedule_weight_decay(plain_optimizer({**DINO, "epochs": 2}), total_steps=100)
+
+    @pytest.mark.parametrize("lengths", [{"total_steps": 0}, {"total_steps": -5}, {"steps_per_epoch": float("nan")}])
+    def test_lengths_that_are_none(self, lengths):
+        with pytest.raises(ValueError, match=next(iter(lengths))):
+            schedule_weight_decay(plain_optimizer(DINO), **lengths)
+
+    def test_a_schedule_that_nobody_follows(self):
+        class Forgetful(LitHparams):
+            def configure_optimizers(self):
+                return torch.optim.SGD([group.as_param_group() for group in self.decay_groups], lr=0.1)
+
+        with pytest.raises(RuntimeError, match="SGD was built over decay groups with schedules, which nobody follows"):
+            strengths({"*": DINO}, model=Forgetful)
+
+
+class TestTraining:
+    @pytest.mark.parametrize(
+        ("kind", "options"), [("AdamW", {}), ("AdamW", {"amsgrad": True}), ("SGD", {"momentum": 0.9}), ("Adam", {})]
+    )
+    def test_is_bit_for_bit_that_of_a_loop_by_hand(self, kind, options):
+        build = getattr(torch.optim, kind)
+        model = LitHparams(decay_rules={"*.bias": 0.0, "*": DINO})
+        model.build_optimizer = lambda groups: build(groups, lr=0.01, **options)
+        trainer(max_epochs=2).fit(model)
+
+        by_hand = LitBase()
+        names = dict(by_hand.named_parameters())
+        biases = [p for name, p in names.items() if name.endswith("bias")]
+        others = [p for name, p in names.items() if not name.endswith("bias")]
+        groups = [{"params": biases, "weight_decay": 0.0}, {"params": others}]
+        optimizer = build(groups, lr=0.01, **options)
+        batches = [batch for _ in range(2) for batch in by_hand.train_dataloader()]
+        for step, batch in enumerate(batches):
+            decay = 0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * step / len(batches))) / 2
+            optimizer.param_groups[1]["weight_decay"] = decay
+            optimizer.zero_grad()
+            by_hand.training_step_loss(batch).backward()
+            optimizer.step()
+        assert all(torch.equal(p, names[name]) for name, p in model.named_parameters())
+
+    def test_over_the_run(self):
+        expected = [DecaySchedule(**DINO).value(t, length=8) for t in range(8)]
+        assert strengths({"*": DINO}) == expected
+
+    def test_over_epochs_after_a_delay(self):
+        schedule = {"schedule": "linear", "start": 0, "end": 4, "epochs": 0.5, "delay_epochs": 1.25}
+        assert strengths({"*": schedule}) == [0, 0, 0, 0, 0, 0, 2, 4]
+
+    def test_counts_optimizer_steps_where_gradients_accumulate(self):
+        schedule = {"schedule": "linear", "start": 0, "end": 2, "epochs": 1}
+        assert strengths({"*": schedule}, accumulate_grad_batches=2) == [0, 1, 2, 2]
+        assert strengths({"*": {**schedule, "end": 4, "steps": 4, "epochs": None}}, accumulate_grad_batches=2) == [
+            0,
+            1,
+            2,
+            3,
+        ]
+
+    def test_over_max_steps(self):
+        assert strengths({"*": {"schedule": "linear", "start": 0, "end": 5}}, max_steps=5) == [0, 1, 2, 3, 4]
+
+    def test_several_optimizers_in_manual_optimization(self):
+        class Manual(LitHparams):
+            automatic_optimization = False
+
+            def configure_optimizers(self):
+                body = build_decay_groups(self.body, {"*": {"schedule": "linear", "start": 0, "end": 8}})
+                head = build_decay_groups(self.head, {"*": {"schedule": "linear", "start": 8, "end": 0, "steps": 4}})
+                every = torch.optim.SGD([group.as_param_group() for group in body], lr=0.01)
+                other = torch.optim.AdamW([group.as_param_group() for group in head], lr=0.01)
+                for optimizer in (every, other):
+                    schedule_weight_decay(optimizer, total_steps=8)
+                return every, other
+
+            def training_step(self, batch, batch_idx):
+                every, other = self.optimizers()
+                self.manual_backward(self.training_step_loss(batch))
+                every.step()
+                if batch_idx % 2:
+                    other.step()
+
+        monitor = WeightDecayMonitor(every_n_steps=1, summary=False)
+        trainer(max_epochs=2, callbacks=[monitor]).fit(Manual())
+        last = {key: [record[key] for record in monitor.history] for key in monitor.history[0]}
+        assert last["decay/SGD/rest/weight_decay"] == [0, 1, 2, 3, 4, 5, 6, 7]
+        assert last["decay/AdamW/rest/weight_decay"] == [8, 8, 8, 6, 6, 4, 4, 2]
+
+    def test_the_table_shows_it(self, capsys):
+        monitor = WeightDecayMonitor()
+        trainer(callbacks=[monitor]).fit(LitHparams(decay_rules={"*": DINO}))
+        assert "0.04 (cosine 0.04 to 0.4)" in " ".join(capsys.readouterr().out.split())
+
+    def test_other_groups_stay_as_they_are(self):
+        model = LitHparams(decay_rules={"*": 0.1})
+        assert not model.configure_optimizers()._optimizer_step_pre_hooks
+        assert set(model.configure_optimizers().param_groups[0]) == {
+            *torch.optim.AdamW(model.parameters()).param_groups[0],
+            "name",
+            "param_names",
+        }
+
+
+class TestFollowLr:
+    def scheduled(self, model, scheduler, **fields):
+        model = model(decay_rules={"*": {"schedule": "follow_lr", "start": 0.1, **fields}})
+        model.build_lr_scheduler = lambda optimizer: {"scheduler": scheduler(optimizer), "interval": "step"}
+        seen = []
+        original = model.optimizer_step
+
+        def step(epoch, batch_idx, optimizer, *args):
+            lr = optimizer.param_groups[0]["lr"]
+            original(epoch, batch_idx, optimizer, *args)
+            seen.append((lr, optimizer.param_groups[0]["weight_decay"]))
+
+        model.optimizer_step = step
+        trainer(max_epochs=2).fit(model)
+        return seen
+
+    def test_a_scheduler_that_goes_down(self):
+        seen = self.scheduled(LitHparams, lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=8))
+        assert [decay for _, decay in seen] == pytest.approx([0.1 * lr / 1e-3 for lr, _ in seen], rel=1e-12)
+        assert seen[0][1] == pytest.approx(0.1)
+        assert len({decay for _, decay in seen}) == 8
+
+    def test_one_that_warms_up_and_says_its_peak(self):
+        one_cycle = torch.optim.lr_scheduler.OneCycleLR
+        seen = self.scheduled(LitHparams, lambda o: one_cycle(o, max_lr=0.05, total_steps=9))
+        assert [decay for _, decay in seen] == pytest.approx([0.1 * lr / 0.05 for lr, _ in seen], rel=1e-12)
+
+    def test_one_that_does_not_say_its_peak(self):
+        schedulers = torch.optim.lr_scheduler
+        with pytest.warns(
+            UserWarning, match=r"the lr of group 'rest' is 0.004, above the peak 0.001.*give the schedule peak_lr"
+        ):
+            self.scheduled(LitHparams, lambda o: schedulers.LambdaLR(o, lambda step: 4.0))
+        seen = self.scheduled(LitHparams, lambda o: schedulers.LambdaLR(o, lambda step: 1.0 + step), peak_lr=0.01)
+        assert [decay for _, decay in seen] == pytest.approx([0.1 * lr / 0.01 for lr, _ in seen], rel=1e-12)
+
+    def test_an_lr_of_zero(self):
+        with pytest.raises(ValueError, match="needs the peak of the lr, which is 0"):
+            schedule_weight_decay(plain_optimizer({"schedule": "follow_lr", "start": 0.1}, lr=0.0))
+
+
+class TestTimescale:
+    def test_of_epochs_and_of_steps(self, capsys):
+        assert strengths({"*": {"schedule": "timescale", "epochs": 10}}) == [pytest.approx(1 / (0.01 * 40))] * 8
+        assert strengths({"*": {"schedule": "timescale", "steps": 200}}) == [pytest.approx(1 / (0.01 * 200))] * 8
+
+    def test_it_takes_the_peak_of_the_lr(self):
+        def build(groups):
+            optimizer = torch.optim.AdamW(groups, lr=0.02)
+            torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1)
+            return optimizer
+
+        assert strengths({"*": {"schedule": "timescale", "steps": 100}}, build) == [pytest.approx(0.5)] * 8
+
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [("SGD", {}), ("Adam", {}), ("RMSprop", {}), ("NAdam", {}), ("RAdam", {"decoupled_weight_decay": False})],
+    )
+    def test_coupled_optimizers_are_refused(self, kind, options):
+        with pytest.raises(ValueError, match=f"a timescale, which {kind} cannot have: it is coupled.*such as AdamW"):
+            strengths(
+                {"*": {"schedule": "timescale", "epochs": 10}},
+                lambda groups: getattr(torch.optim, kind)(groups, lr=0.01, **options),
+            )
+
+    @pytest.mark.parametrize("kind", ["AdamW", "NAdam", "RAdam", "Lion"])
+    def test_decoupled_ones_are_taken(self, kind):
+        class Lion(torch.optim.Optimizer):
+            """Chen et al. 2023, arXiv 2302.06675, less the interpolation."""
+
+            def __init__(self, params, lr=1e-4, weight_decay=0.0):
+                super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+            @torch.no_grad()
+            def step(self, closure=None):
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * p.grad.sign())
+
+        options = {"decoupled_weight_decay": True} if kind in ("NAdam", "RAdam") else {}
+        build = {"Lion": Lion}.get(kind) or getattr(torch.optim, kind)
+        optimizer = plain_optimizer({"schedule": "timescale", "steps": 50}, build, **options)
+        schedule_weight_decay(optimizer)
+        assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.2)
+
+    def test_a_coupled_one_that_torch_does_not_have(self):
+        class Momentum(torch.optim.SGD):
+            pass
+
+        with pytest.raises(ValueError, match="which Momentum cannot have"):
+            schedule_weight_decay(plain_optimizer({"schedule": "timescale", "steps": 50}, Momentum, momentum=0.9))
+
+    def test_one_of_which_nothing_is_known(self):
+        class Odd(torch.optim.AdamW):
+            def __init__(self, params, lr, *, secret):
+                super().__init__(params, lr=lr)
+
+            def step(self, closure=None):
+                raise NotImplementedError
+
+        optimizer = plain_optimizer({"schedule": "timescale", "steps": 50}, Odd, secret=1)
+        optimizer.param_groups[0].pop("decoupled_weight_decay", None)
+        with pytest.raises(
+            ValueError, match="whether Odd decouples weight decay from the gradient could not be found out"
+        ):
+            schedule_weight_decay(optimizer)
+
+
+class TestPlainPytorch:
+    def test_goes_on_from_a_checkpoint_of_the_optimizer(self):
+        def steps(optimizer, count):
+            decays = []
+            for _ in range(count):
+                optimizer.step()
+                decays.append(optimizer.param_groups[0]["weight_decay"])
+            return decays
+
+        whole = plain_optimizer(DINO)
+        schedule_weight_decay(whole, total_steps=8)
+        expected = steps(whole, 8)
+
+        first, second = plain_optimizer(DINO), plain_optimizer(DINO)
+        for optimizer in (first, second):
+            schedule_weight_decay(optimizer, total_steps=8)
+        begin = steps(first, 3)
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        second.load_state_dict(torch.load(file, weights_only=True))
+        assert second.param_groups[0]["weight_decay"] == expected[3]
+        assert begin + steps(second, 5) == expected
+
+    def test_a_second_call_changes_the_length(self):
+        optimizer = plain_optimizer({"schedule": "linear", "start": 0, "end": 1})
+        schedule_weight_decay(optimizer, total_steps=10)
+        optimizer.step()
+        schedule_weight_decay(optimizer, total_steps=2)
+        optimizer.step()
+        assert optimizer.param_groups[0]["weight_decay"] == 0.5
+
+    def test_an_optimizer_without_schedules(self):
+        optimizer = plain_optimizer(0.1)
+        schedule_weight_decay(optimizer)
+        refresh_schedules(optimizer)
+        optimizer.step()
+        assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+    def test_a_step_of_torchs_checkpointing_is_none(self):
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        layer = nn.Linear(2, 2)
+        groups = build_decay_groups(layer, {"*": {"schedule": "linear", "start": 0, "end": 1, "steps": 10}})
+        optimizer = torch.optim.AdamW([group.as_param_group() for group in groups], lr=0.1)
+        schedule_weight_decay(optimizer)
+        get_optimizer_state_dict(layer, optimizer)  # takes a step with zero gradients and lr 0
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        assert optimizer.param_groups[0]["weight_decay"] == 0.0
+        optimizer.step()
+        assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+class TestKindsOfOptimizers:
+    """A float stays a float, a tensor the same tensor."""
+
+    def run(self, **options):
+        torch.manual_seed(0)
+        layer = nn.Linear(64, 10)
+        groups = build_decay_groups(layer, {"*": {"schedule": "linear", "start": 0.0, "end": 3.0, "steps": 3}})
+        optimizer = torch.optim.AdamW([group.as_param_group() for group in groups], **{"lr": 0.1, **options})
+        schedule_weight_decay(optimizer)
+        return layer, optimizer
+
+    def steps(self, layer, optimizer, step, count=12):
+        pixels, classes = digits(64)
+        decays = []
+        for _ in range(count):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(layer(pixels), classes).backward()
+            step()
+            decays.append(float(optimizer.param_groups[0]["weight_decay"]))
+        assert decays == [0.0, 1.0, 2.0, *[3.0] * (count - 3)]
+        return layer.weight.detach()
+
+    @pytest.mark.parametrize(
+        "options", [{"fused": True}, {"foreach": True}, {"lr": torch.tensor(0.1), "foreach": False}]
+    )
+    def test_train_like_the_plain_one(self, options):
+        layer, optimizer = self.run(foreach=False)
+        expected = self.steps(layer, optimizer, optimizer.step)
+        layer, optimizer = self.run(**options)
+        assert torch.allclose(self.steps(layer, optimizer, optimizer.step), expected, atol=1e-4)
+        assert type(optimizer.param_groups[0]["weight_decay"]) is float
+        assert type(optimizer.param_groups[0]["lr"]) is type(options.get("lr", 0.1))
+
+    def test_a_compiled_step(self):
+        layer, optimizer = self.run()
+        expected = self.steps(layer, optimizer, optimizer.step)
+        layer, optimizer = self.run()
+        compiled = torch.compile(optimizer.step, backend="eager")
+        assert torch.allclose(self.steps(layer, optimizer, compiled), expected, atol=1e-4)
+
+    def test_a_weight_decay_that_is_a_tensor(self):
+        layer, optimizer = self.run(foreach=False)
+        held = optimizer.param_groups[0]["weight_decay"] = torch.tensor(0.0)
+        refresh_schedules(optimizer)
+        self.steps(layer, optimizer, optimizer.step)
+        assert optimizer.param_groups[0]["weight_decay"] is held
+
+
+def test_a_model_with_its_own_optimizer_per_part():
+    """The mixin's own configure_optimizers follows schedules in every group."""
+
+    class Parts(WeightDecayMixin, LitBase):
+        decay_rules = {"head.*": {"schedule": "linear", "start": 4, "end": 0}, "*": DINO}
+
+    monitor = WeightDecayMonitor(every_n_steps=1, summary=False)
+    trainer(callbacks=[monitor]).fit(Parts())
+    assert [record["decay/head/weight_decay"] for record in monitor.history] == [4, 3, 2, 1]
+    assert monitor.history[0]["decay/rest/weight_decay"] == 0.04
