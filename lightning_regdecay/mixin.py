@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,9 @@ from torch.optim import Optimizer
 from lightning_regdecay.groups import DecayGroup, DecayGroups, build_decay_groups
 from lightning_regdecay.names import hint
 from lightning_regdecay.parameters import model_parameters, remember_flattened
+from lightning_regdecay.resuming import WeightDecayFrom, carry_over_by_name
 from lightning_regdecay.rules import DecayRules, copied_rules, plain_rules, rules_by_group
-from lightning_regdecay.schedules import DecaySchedule, follow_schedules, nonnegative_number, schedule_weight_decay
+from lightning_regdecay.schedules import DecaySchedule, follow_schedules, nonnegative_number
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -49,6 +51,8 @@ class WeightDecayMixin(_Base):
     """The rules, unless the instance or its hyperparameters hold others."""
     decay_strict: bool = True
     """Whether a rule that takes nothing is an error; False makes it a warning."""
+    decay_resume: WeightDecayFrom = "rules"
+    """Whose λ goes on when a run is resumed: that of the rules, or that of the "checkpoint"."""
     _given_rules: tuple[DecayRules | None, DecayRules | None] = (None, None)
     """The rules of the hyperparameters, as they are stored and as they were given."""
     _rule_texts: Mapping[tuple[str, ...], str] = MappingProxyType({})
@@ -90,6 +94,7 @@ class WeightDecayMixin(_Base):
         self._rule_texts = {tuple(group.params): groups.rule_text(group) for group in groups}
         scheduler = self.build_lr_scheduler(optimizer)
         self._follow_schedules(groups, optimizer)
+        self._carry_over_by_name(optimizer, scheduler)
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
@@ -278,17 +283,24 @@ class WeightDecayMixin(_Base):
 
         optimizer.add_param_group = add  # type: ignore[method-assign]
 
+    def _carry_over_by_name(self, optimizer: Optimizer, scheduler: Any) -> None:
+        """Let the states of a checkpoint find their parameters, also where the groups were others."""
+        reference = weakref.ref(self)
+
+        def steps_done() -> int:
+            trainer = getattr(reference(), "_trainer", None)
+            return 0 if trainer is None else int(trainer.global_step)
+
+        if isinstance(scheduler, Mapping):
+            scheduler = scheduler.get("scheduler")
+        carry_over_by_name(optimizer, self, scheduler, self.decay_resume, steps_done)
+
     def _follow_schedules(self, groups: DecayGroups, optimizer: Optimizer) -> None:
         """Keep the λ of groups with a schedule on it, over the run of the Trainer where there is one."""
-        schedules = [group.rule.weight_decay for group in groups if group.rule is not None]
-        schedules = [schedule for schedule in schedules if isinstance(schedule, DecaySchedule)]
-        if not schedules:
-            return
-        trainer = getattr(self, "_trainer", None)
-        if trainer is None:  # only Fabric, or the user, knows how long the run will be
-            follow_schedules(optimizer)
-            return
-        schedule_weight_decay(optimizer, **_run_length(trainer))
+        has_schedules = any(group.rule and isinstance(group.rule.weight_decay, DecaySchedule) for group in groups)
+        if has_schedules or self.decay_resume == "checkpoint":  # which may bring schedules along
+            reference = weakref.ref(self)
+            follow_schedules(optimizer, lambda: _run_length(getattr(reference(), "_trainer", None)))
 
     def _warn_of_unused_configuration(self) -> None:
         """Tell a user whose base class has optimizers of its own that these are not the ones in use."""
@@ -308,11 +320,16 @@ _NO_WEIGHT_DECAY = "{optimizer} knows no weight decay, so decay rules cannot wor
 
 
 def _run_length(trainer: Any) -> dict[str, float]:
-    """The optimizer steps of the run and of an epoch, as far as they can be known beforehand."""
-    total_steps = trainer.estimated_stepping_batches  # makes the data loaders, whose lengths are needed
+    """The optimizer steps of the run and of an epoch, as far as they are known.
+
+    To be called when the training has started: earlier it would make the data loaders, which Lightning (2.6) then does
+    not give the state that they had in the checkpoint.
+    """
+    if trainer is None:  # only Fabric, or the user, knows how long the run will be
+        return {}
     batches = trainer.num_training_batches
     steps_per_epoch = batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-    lengths = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+    lengths = {"total_steps": trainer.estimated_stepping_batches, "steps_per_epoch": steps_per_epoch}
     return {name: length for name, length in lengths.items() if 0 < length < math.inf}
 
 

@@ -98,6 +98,15 @@ def model_parameters(module: nn.Module) -> list[ModelParameter]:
     return [ModelParameter(parameter, tuple(named.values())) for parameter, named in places.items()]
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without the parts that wrappers add.
+
+    >>> plain_name("_orig_mod.body._checkpoint_wrapped_module.weight")
+    'body.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
 def _places(
     module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()
 ) -> Iterator[tuple[nn.Parameter, Place]]:

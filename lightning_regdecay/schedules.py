@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import numbers
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any, Literal
@@ -22,8 +21,10 @@ Kind = Literal["constant", "linear", "cosine", "exponential", "follow_lr", "time
 
 _SCHEDULE_KEY = "decay_schedule"
 """Where a param group holds the fields of its schedule, as plain data."""
-_STEP_KEY = "decay_step"
+STEP_KEY = "decay_step"
 """Where a param group counts the optimizer steps that it has done, so that every checkpoint of an optimizer has it."""
+STRENGTH_KEYS = {"weight_decay", _SCHEDULE_KEY, STEP_KEY}
+"""All that a param group holds of its λ."""
 _LENGTHS = ("steps", "epochs")
 _DELAYS = ("delay_steps", "delay_epochs")
 _TAKES: dict[str, tuple[str, ...]] = {
@@ -209,7 +210,11 @@ def schedule_weight_decay(
     0.25
     0.125
     """
-    follow_schedules(optimizer, _positive("total_steps", total_steps), _positive("steps_per_epoch", steps_per_epoch))
+    given = {
+        "total_steps": _positive("total_steps", total_steps),
+        "steps_per_epoch": _positive("steps_per_epoch", steps_per_epoch),
+    }
+    follow_schedules(optimizer, lambda: {name: value for name, value in given.items() if value is not None})
     refresh_schedules(optimizer)
 
 
@@ -224,15 +229,19 @@ def _parsed(given: tuple[tuple[str, Any], ...]) -> DecaySchedule:
     return DecaySchedule(**dict(given))
 
 
+def strength_text(param_group: Mapping[str, Any]) -> str:
+    """The λ of a param group in words: its schedule, or its value."""
+    schedule = schedule_of(param_group)
+    return schedule.text if schedule is not None else f"{float(param_group.get('weight_decay') or 0.0):g}"
+
+
 def scheduled_param_group(schedule: DecaySchedule) -> dict[str, Any]:
     """What a param group holds for a schedule: its fields, the steps done, and the λ at the start."""
-    return {"weight_decay": schedule.start or 0.0, _SCHEDULE_KEY: schedule.as_dict(), _STEP_KEY: 0}
+    return {"weight_decay": schedule.start or 0.0, _SCHEDULE_KEY: schedule.as_dict(), STEP_KEY: 0}
 
 
-def follow_schedules(
-    optimizer: Optimizer, total_steps: float | None = None, steps_per_epoch: float | None = None
-) -> None:
-    """As :func:`schedule_weight_decay`; but lengths that are missing are an error at the first step only."""
+def follow_schedules(optimizer: Optimizer, lengths: Callable[[], Mapping[str, float]]) -> None:
+    """As :func:`schedule_weight_decay`, for a caller that knows ``lengths()`` when training starts, not before."""
     for group in optimizer.param_groups:
         schedule = schedule_of(group)
         if schedule is not None and schedule.schedule == "timescale":
@@ -243,9 +252,7 @@ def follow_schedules(
         # Not to be compiled with the step: the count of the steps would be a constant, and each step be compiled anew.
         optimizer.register_step_pre_hook(torch.compiler.disable(follower.before_step))  # type: ignore[no-untyped-call]
         optimizer.register_load_state_dict_post_hook(follower.after_loading)
-    follower.total_steps, follower.steps_per_epoch = total_steps, steps_per_epoch
-    with contextlib.suppress(_UnknownLengthError):
-        follower.refresh(optimizer)
+    follower.ask, follower.lengths = lengths, None
 
 
 def refresh_schedules(optimizer: Optimizer) -> None:
@@ -267,16 +274,13 @@ def refresh_schedules(optimizer: Optimizer) -> None:
         )
 
 
-class _UnknownLengthError(ValueError):
-    """A schedule needs the length of the run or of an epoch, which is not known."""
-
-
 class _Follower:
     """Keeps one optimizer's λ on the schedules of its param groups."""
 
     def __init__(self) -> None:
-        self.total_steps: float | None = None
-        self.steps_per_epoch: float | None = None
+        self.ask: Callable[[], Mapping[str, float]] = dict
+        self.lengths: Mapping[str, float] | None = None
+        """``total_steps`` and ``steps_per_epoch`` where they are known; None before they were asked for."""
         # Both by the id of a param group, which is kept so that no other gets its id.
         self._set: dict[int, tuple[dict[str, Any], float]] = {}
         self._seen: dict[int, tuple[dict[str, Any], set[int]]] = {}
@@ -289,13 +293,13 @@ class _Follower:
             if _SCHEDULE_KEY in group and self._begins_step(group):
                 self._check_untouched(group)
                 self._set_weight_decay(group)
-                group[_STEP_KEY] = group.get(_STEP_KEY, 0) + 1
+                group[STEP_KEY] = group.get(STEP_KEY, 0) + 1
 
     def after_loading(self, optimizer: Optimizer) -> None:
         """Take up the steps of the checkpoint."""
         self._set.clear()
         self._seen.clear()
-        with contextlib.suppress(_UnknownLengthError):
+        if self.lengths is not None:
             self.refresh(optimizer)
 
     def refresh(self, optimizer: Optimizer) -> None:
@@ -343,10 +347,8 @@ class _Follower:
         delay = self._steps(group, schedule.delay_steps, schedule.delay_epochs) or 0
         length = self._steps(group, schedule.steps, schedule.epochs)
         if length is None and "steps" in _TAKES[schedule.schedule]:
-            if self.total_steps is None:
-                raise _UnknownLengthError(_NO_LENGTH.format(group=group.get("name"), of="run", way="steps=1000"))
-            length = max(round(self.total_steps) - delay, 1)
-        step = group.get(_STEP_KEY, 0)
+            length = max(round(self._length(group, "total_steps")) - delay, 1)
+        step = group.get(STEP_KEY, 0)
         if "peak_lr" not in _TAKES[schedule.schedule]:
             return schedule.value(step, length=length, delay=delay)
         lr = float(group["lr"])
@@ -359,18 +361,24 @@ class _Follower:
         """A time in optimizer steps, where it is given."""
         if epochs is None:
             return steps
-        if self.steps_per_epoch is None:
-            raise _UnknownLengthError(_NO_LENGTH.format(group=group.get("name"), of="epoch", way="steps"))
-        return max(round(epochs * self.steps_per_epoch), 1 if epochs else 0)
+        return max(round(epochs * self._length(group, "steps_per_epoch")), 1 if epochs else 0)
+
+    def _length(self, group: dict[str, Any], name: str) -> float:
+        if self.lengths is None:
+            self.lengths = self.ask()
+        if name not in self.lengths:
+            of = "run" if name == "total_steps" else "epoch"
+            raise ValueError(
+                f"the schedule of group {group.get('name')!r} needs the length of the {of}, which is not known here; "
+                "give the schedule its times in steps, or call lightning_regdecay.schedules.schedule_weight_decay("
+                "optimizer, total_steps=..., steps_per_epoch=...)"
+            )
+        return self.lengths[name]
 
 
 _followers: weakref.WeakKeyDictionary[Optimizer, _Follower] = weakref.WeakKeyDictionary()
 """By optimizer. Hooks of an optimizer cannot be asked for; they go when it is copied or pickled, and so does this."""
 
-_NO_LENGTH = (
-    "the schedule of group {group!r} needs the length of the {of}, which is not known here; give the schedule {way}, "
-    "or call lightning_regdecay.schedules.schedule_weight_decay(optimizer, total_steps=..., steps_per_epoch=...)"
-)
 _COUPLED = (Adadelta, Adagrad, Adam, Adamax, ASGD, NAdam, RAdam, RMSprop, SGD)
 _DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
 

@@ -183,12 +183,14 @@ class TestMistakes:
         model = LitHparams(decay_rules={"*": DINO})
         optimizer = model.configure_optimizers()
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match=re.escape("steps=1000, or call lightning_regdecay.schedules.schedule_")):
+        with pytest.raises(ValueError, match=re.escape("its times in steps, or call lightning_regdecay.schedules.")):
             optimizer.step()
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         schedule_weight_decay(optimizer, total_steps=100)
         optimizer.step()
-        with pytest.raises(ValueError, match="length of the epoch, which is not known here; give the schedule steps"):
+        with pytest.raises(
+            ValueError, match="length of the epoch, which is not known here; give the schedule its times"
+        ):
             schedule_weight_decay(plain_optimizer({**DINO, "epochs": 2}), total_steps=100)
 
     @pytest.mark.parametrize("lengths", [{"total_steps": 0}, {"total_steps": -5}, {"steps_per_epoch": float("nan")}])

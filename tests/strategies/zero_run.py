@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,9 @@ from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 from lightning_regdecay import WeightDecayMonitor, build_decay_groups
+from lightning_regdecay.schedules import DecaySchedule, schedule_weight_decay
+
+SCHEDULE = DecaySchedule("linear", 0.0, 0.1, steps=10)
 
 
 def main(stage: int, out: Path) -> None:
@@ -28,7 +32,8 @@ def main(stage: int, out: Path) -> None:
     deepspeed.init_distributed(dist_backend="gloo")
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 32,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        # Small sub-groups: ZeRO-3 then makes several calls of the optimizer for one step of a group.
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "sub_group_size": 100},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -36,8 +41,9 @@ def main(stage: int, out: Path) -> None:
     # ZeRO-3 partitions the parameters while the modules are made, as Lightning's configure_model does.
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.float32, enabled=stage == 3):
         model = Outer()
-    groups = build_decay_groups(model, RULES)
+    groups = build_decay_groups(model, [*RULES[:3], replace(RULES[3], weight_decay=SCHEDULE)])
     optimizer = torch.optim.AdamW([group.as_param_group() for group in groups], lr=1e-2)
+    schedule_weight_decay(optimizer)
     engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     pixels, classes = digits(96)
     pixels = pixels.to(model.net.up.weight.dtype)  # zero.Init makes bfloat16 of them
@@ -46,6 +52,7 @@ def main(stage: int, out: Path) -> None:
         engine.backward(nn.functional.cross_entropy(engine(pixels[part]), classes[part]))
         engine.step()
 
+    live = next(group for group in optimizer.param_groups if group["name"] == "linear")["weight_decay"]
     monitor = WeightDecayMonitor(summary=False)
     # What the monitor reads of a Trainer, which refuses DeepSpeed on a CPU.
     trainer = SimpleNamespace(global_step=3, optimizers=[optimizer], strategy=SimpleNamespace(model=engine))
@@ -60,6 +67,7 @@ def main(stage: int, out: Path) -> None:
         "table": str(groups),
         "norms": {name: metrics[f"decay/{name}/l2_norm"] for name in truths},
         "norms_of_gathered": {name: gathered[f"decay/{name}/l2_norm"] for name in truths},
+        "weight_decay_of_the_third_step": live,
         "weight_decay": {name: metrics[f"decay/{name}/weight_decay"] for name in truths},
         "truths": truths,
         "collectives": {str(op): count for op, count in mode.get_comm_counts().items()},

@@ -1,0 +1,424 @@
+"""Resuming: the optimizer state of a checkpoint onto the param groups of today, by parameter name."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_regdecay.matching import listed
+from lightning_regdecay.parameters import ModelParameter, model_parameters, plain_name
+from lightning_regdecay.schedules import STEP_KEY, STRENGTH_KEYS, strength_text
+
+WeightDecayFrom = Literal["rules", "checkpoint"]
+
+_IDENTITY_KEYS = {"params", "param_names", "name"}
+"""What a param group is, beside how it is trained."""
+_SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+"""What torch's lr schedulers write into param groups."""
+_FLAGS = {"foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
+"""Options that came to torch's optimizers over time, so that checkpoints of older versions lack them."""
+_PER_GROUP = re.compile(r"(lr|lrs|momentums|lambdas)$")
+"""Names of the lists of an lr scheduler that have an entry per param group."""
+_WHOLE = "whole_group_"
+"""What the keys begin with under which :func:`_keep_groups_whole` notes groups."""
+_MOST_NAMED = 8  # parameters in a message
+_MOST_WAYS = 10_000  # to put groups without names together
+
+
+def resume_by_name(
+    optimizer: Optimizer, model: nn.Module, *, lr_scheduler: Any = None, weight_decay: WeightDecayFrom = "rules"
+) -> None:
+    """Let ``optimizer.load_state_dict`` give every parameter its own state, also where the groups have changed.
+
+    The mixin does it by itself. Elsewhere (Fabric, plain PyTorch) call it once, before the state is loaded. By name,
+    every parameter keeps its state (momentum, second moment, step), its lr and the other options of its group, and its
+    place in the lr scheduler. What the checkpoint does not have, and what of it is not used, is named in a warning.
+    Checkpoints without parameter names are read in the order of ``model.parameters()``.
+
+    Args:
+        optimizer: over ``group.as_param_group()`` of decay groups, or with ``param_names`` in each param group.
+        model: the model that the groups were built over.
+        lr_scheduler: of torch, or another with such lists of an entry per group; load its state after the optimizer's.
+        weight_decay: whose λ goes on where they differ: that of the rules, or that of the checkpoint.
+
+    Raises:
+        ValueError: for another ``weight_decay``; later, when a state is loaded and before anything is changed, for a
+            state that cannot be carried over: that of another optimizer, one without names that fits the model in no
+            way or in several, or one where a group joins parameters that had different options.
+
+    >>> net = nn.Linear(2, 1)
+    >>> before = torch.optim.AdamW(net.parameters(), weight_decay=0.1)
+    >>> groups = [
+    ...     {"params": [net.bias], "param_names": ["bias"], "weight_decay": 0.0},
+    ...     {"params": [net.weight], "param_names": ["weight"], "weight_decay": 0.5},
+    ... ]
+    >>> today = torch.optim.AdamW(groups)
+    >>> resume_by_name(today, net)
+    >>> today.load_state_dict(before.state_dict())
+    >>> [group["weight_decay"] for group in today.param_groups]
+    [0.0, 0.5]
+    """
+    carry_over_by_name(optimizer, model, lr_scheduler, weight_decay)
+
+
+def carry_over_by_name(
+    optimizer: Optimizer,
+    model: nn.Module,
+    lr_scheduler: Any,
+    weight_decay: WeightDecayFrom,
+    steps_done: Callable[[], int] = lambda: 0,
+) -> None:
+    """As :func:`resume_by_name`, for a caller that knows how many optimizer steps the run has done."""
+    if weight_decay not in ("rules", "checkpoint"):
+        raise ValueError(
+            "the weight decay that goes on in a resumed run is that of the 'rules' or of the 'checkpoint', got "
+            f"{weight_decay!r}"
+        )
+    carrier = _Carrier(model, weight_decay, steps_done)
+    optimizer.register_load_state_dict_pre_hook(carrier.before_loading)
+    optimizer.register_state_dict_post_hook(_keep_groups_whole)
+    if lr_scheduler is not None:
+        _carry_scheduler(lr_scheduler, carrier)
+
+
+class _Saved(NamedTuple):
+    """What a checkpoint holds of an optimizer, by parameter name."""
+
+    groups: list[dict[str, Any]]
+    """Its param groups."""
+    group_of: dict[str, int]
+    """Parameter name to the number of its group."""
+    key_of: dict[str, Any]
+    """Parameter name to its key in the state."""
+    state: dict[Any, Any]
+
+
+class _Carrier:
+    """Translates the states of one optimizer, and of its lr scheduler, when they are loaded."""
+
+    def __init__(self, model: nn.Module, weight_decay: WeightDecayFrom, steps_done: Callable[[], int]) -> None:
+        self._model = weakref.ref(model)  # which may hold the optimizer
+        self._steps_done = steps_done
+        # The options that are not taken from the checkpoint.
+        self._todays = _IDENTITY_KEYS if weight_decay == "checkpoint" else _IDENTITY_KEYS | STRENGTH_KEYS
+        self.sources: list[int | None] | None = None
+        """For every param group of today, the number of the one in the checkpoint that it goes on from."""
+        self.saved_count = 0
+        """How many param groups the checkpoint has."""
+
+    def before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state that torch can load: with the param groups of today, each with its own parameters."""
+        model = self._model()
+        known = [] if model is None else model_parameters(model)
+        saved = _read(state_dict, known)
+        _check_same_optimizer(optimizer, saved.groups)
+        names = [_names_of(group, known) for group in optimizer.param_groups]
+        sources = [self._source(group, own, saved) for group, own in zip(optimizer.param_groups, names)]
+        steps = _steps_in(saved) or self._steps_done()
+
+        remarks: list[str] = []
+        groups = []
+        numbers = itertools.count()
+        state = {key: value for key, value in saved.state.items() if key not in set(saved.key_of.values())}
+        for group, own, source in zip(optimizer.param_groups, names, sources):
+            before = None if source is None else saved.groups[source]
+            groups.append({**self._options(group, before, saved, steps, remarks), "params": []})
+            for name, parameter, number in zip(own, group["params"], numbers):
+                groups[-1]["params"].append(number)
+                key = saved.key_of.get(name)
+                if key in saved.state:
+                    state[number] = _checked_state(name, parameter, saved.state[key])
+
+        self.sources, self.saved_count = sources, len(saved.groups)
+        for remark in remarks:
+            rank_zero_info(remark)
+        _warn_of_the_rest({name for own in names for name in own}, saved)
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def _source(self, group: Mapping[str, Any], names: Sequence[str], saved: _Saved) -> int | None:
+        """The number of the group in the checkpoint that a param group goes on from.
+
+        Raises:
+            ValueError: where its parameters were in groups with different options, of which it can have only one.
+        """
+        found: dict[int, str] = {}
+        for name in names:
+            if name in saved.group_of:
+                found.setdefault(saved.group_of[name], name)
+        if not found:
+            return None
+        first, *others = found
+        one = saved.groups[first]
+        for number in others:
+            other = saved.groups[number]
+            for key in sorted((one.keys() | other.keys()) - self._todays):
+                if not _same(one.get(key), other.get(key)):
+                    raise ValueError(
+                        f"group {group.get('name', '')!r} joins parameters whose {key} differs in the checkpoint: "
+                        f"{one.get(key)!r} of {found[first]!r} and {other.get(key)!r} of {found[number]!r}; a param "
+                        "group has one of each option, so keep them apart with a rule for each"
+                    )
+        return first
+
+    def _options(
+        self, group: Mapping[str, Any], before: dict[str, Any] | None, saved: _Saved, steps: int, remarks: list[str]
+    ) -> dict[str, Any]:
+        """The options with which a param group goes on: those of the checkpoint, but for what is today's."""
+        today = {key: value for key, value in group.items() if key != "params"}
+        if STEP_KEY in today:
+            today[STEP_KEY] = steps
+        if before is None:
+            return {**today, **_lr_of_a_new_group(group, saved.groups)}
+        options = {**today, **{key: value for key, value in before.items() if key not in self._todays}}
+        if "weight_decay" not in self._todays:
+            options = {key: value for key, value in options.items() if key not in STRENGTH_KEYS or key in before}
+        label = f"group {group.get('name', '')!r}"
+        was, rules, goes_on = map(strength_text, (before, today, options))
+        if was != goes_on:
+            remarks.append(f"weight decay of {label}: {was} (checkpoint) → {goes_on} (rules)")
+        elif rules != goes_on:
+            remarks.append(f"weight decay of {label}: {goes_on} (checkpoint) goes on, the rules say {rules}")
+        lr, configured = (float(g.get("initial_lr", g.get("lr", 0.0))) for g in (before, today))
+        if lr != configured:
+            remarks.append(f"lr of {label}: {lr:g} (checkpoint) goes on, {configured:g} is configured")
+        return options
+
+
+def _read(state_dict: Mapping[str, Any], known: Sequence[ModelParameter]) -> _Saved:
+    """A state of an optimizer by parameter name."""
+    first_name = {name: parameter.name for parameter in known for name in parameter.names}
+
+    def with_first_names(names: Sequence[Sequence[str]]) -> list[list[str]]:
+        return [[first_name.get(name, name) for name in map(plain_name, own)] for own in names]
+
+    groups: list[dict[str, Any]] = state_dict["param_groups"]
+    names = with_first_names(_saved_names(state_dict, known))
+    key_of = {name: key for group, own in zip(groups, names) for name, key in zip(own, group["params"])}
+    whole = {key: value for group in groups for key, value in group.items() if key.startswith(_WHOLE)}
+    if whole:
+        groups = list(whole.values())
+        names = with_first_names([group["param_names"] for group in groups])
+    group_of = {name: number for number, own in enumerate(names) for name in own}
+    return _Saved(groups, group_of, key_of, dict(state_dict["state"]))
+
+
+def _saved_names(state_dict: Mapping[str, Any], known: Sequence[ModelParameter]) -> Sequence[Sequence[str]]:
+    """The names of the parameters of each group of a checkpoint."""
+    groups = state_dict["param_groups"]
+    if all(isinstance(key, str) for group in groups for key in group["params"]):  # of torch.distributed.checkpoint
+        return [group["params"] for group in groups]
+    if all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
+        return [group["param_names"] for group in groups]
+    return _names_by_order(state_dict, known)
+
+
+def _names_by_order(state_dict: Mapping[str, Any], known: Sequence[ModelParameter]) -> list[list[str]]:
+    """Names for groups without any, which are in the order of ``model.parameters()``.
+
+    Either they follow each other in that order, or each for itself is in it, as in "all weights, then all biases".
+    """
+    groups = state_dict["param_groups"]
+    states = [[state_dict["state"].get(key, {}) for key in group["params"]] for group in groups]
+    count = sum(map(len, states))
+    trainable = [parameter for parameter in known if parameter.parameter.requires_grad]
+    for order in (known, trainable):
+        numbers = None
+        if len(order) == count:
+            numbers = _one_after_the_other(states, groups, order) or _interleaved(states, order)
+        if numbers is not None:
+            rank_zero_info(
+                "the optimizer state in the checkpoint has no parameter names: it is read in the order of "
+                "model.parameters()"
+            )
+            return [[order[number].name for number in own] for own in numbers]
+    raise ValueError(
+        f"the optimizer state in the checkpoint has no parameter names, and its {count} parameters in {len(groups)} "
+        f"groups fit the {len(known)} of the model ({len(trainable)} trainable) in no way, or in several; write the "
+        "names into the checkpoint, for each group as state['param_groups'][i]['param_names'] = [...] (in a checkpoint "
+        "of Lightning state is checkpoint['optimizer_states'][0])"
+    )
+
+
+def _one_after_the_other(
+    states: Sequence[Sequence[Mapping[str, Any]]],
+    groups: Sequence[Mapping[str, Any]],
+    order: Sequence[ModelParameter],
+) -> list[list[int]] | None:
+    """The places in the order that each group has, where the groups follow each other in it."""
+    in_a_row = [state for group in states for state in group]
+    if not all(_fits(state, parameter.parameter) for state, parameter in zip(in_a_row, order)):
+        return None
+    if len(states) > 1 and not any(map(_shaped, in_a_row)) and not _have_equal_options(groups):
+        return None  # nothing tells that it is this way
+    ends = itertools.accumulate(map(len, states))
+    return [list(range(end - len(group), end)) for group, end in zip(states, ends)]
+
+
+def _interleaved(
+    states: Sequence[Sequence[Mapping[str, Any]]], order: Sequence[ModelParameter]
+) -> list[list[int]] | None:
+    """The places in the order that each group has, where each for itself is in it and the shapes allow only one way."""
+    # From how many parameters of each group are given out, to the ways there (2 for several) and the groups in turn.
+    ways: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {(0,) * len(states): (1, ())}
+    for parameter in order:
+        longer: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {}
+        for given, (count, turns) in ways.items():
+            for number, group in enumerate(states):
+                if given[number] < len(group) and _fits(group[given[number]], parameter.parameter):
+                    now = (*given[:number], given[number] + 1, *given[number + 1 :])
+                    longer[now] = (min(longer.get(now, (0,))[0] + count, 2), (*turns, number))
+        if not longer or len(longer) > _MOST_WAYS:
+            return None
+        ways = longer
+    ((count, turns),) = ways.values()
+    return None if count > 1 else [[i for i, n in enumerate(turns) if n == own] for own in range(len(states))]
+
+
+def _have_equal_options(groups: Sequence[Mapping[str, Any]]) -> bool:
+    keys = {key for group in groups for key in group} - _IDENTITY_KEYS
+    return all(_same(group.get(key), groups[0].get(key)) for group in groups for key in keys)
+
+
+def _shaped(state: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors of a parameter's state that are more than one number."""
+    return [value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim > 0]
+
+
+def _fits(state: Mapping[str, Any], parameter: torch.Tensor) -> bool:
+    """Whether a state can be of a parameter: some tensor of it has the shape, or is a factor of that (Adafactor)."""
+    tensors = _shaped(state)
+    return not tensors or any(
+        tensor.ndim == parameter.ndim and all(a in (1, b) for a, b in zip(tensor.shape, parameter.shape))
+        for tensor in tensors
+    )
+
+
+def _checked_state(name: str, parameter: torch.Tensor, state: Any) -> Any:
+    if isinstance(state, Mapping) and not _fits(state, parameter):
+        shapes = " and ".join(sorted({str(tuple(tensor.shape)) for tensor in _shaped(state)}))
+        raise ValueError(
+            f"the optimizer state of {name!r} in the checkpoint has the shape {shapes}, the parameter "
+            f"{tuple(parameter.shape)}: it cannot go on; start the run from the weights alone"
+        )
+    return state
+
+
+def _check_same_optimizer(optimizer: Optimizer, saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    ours = set(optimizer.defaults) - _FLAGS - STRENGTH_KEYS
+    for group in saved_groups:
+        theirs = set(group) - _FLAGS - STRENGTH_KEYS - _IDENTITY_KEYS - _SCHEDULER_KEYS
+        if theirs - ours and ours - theirs:
+            raise ValueError(
+                f"the optimizer state in the checkpoint is not that of {type(optimizer).__name__}: it has the options "
+                f"{listed(sorted(theirs - ours))} and lacks {listed(sorted(ours - theirs))}; resume with the optimizer "
+                "that it is of, or start the run from the weights alone"
+            )
+
+
+def _names_of(group: Mapping[str, Any], known: Sequence[ModelParameter]) -> list[str]:
+    """The names of the parameters of a param group of today."""
+    names = {parameter.parameter: parameter.name for parameter in known}
+    own = group.get("param_names") or [""] * len(group["params"])
+    return [names.get(parameter, name) for parameter, name in zip(group["params"], own)]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return a is not None and b is not None and bool(torch.equal(torch.as_tensor(a), torch.as_tensor(b)))
+    return bool(a == b)
+
+
+def _lr_of_a_new_group(group: Mapping[str, Any], saved_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The lr of a group of new parameters only: its own, as far through the lr schedule as that of the others."""
+    factors = {
+        float(other["lr"]) / float(other["initial_lr"])
+        for other in saved_groups
+        if "lr" in other and other.get("initial_lr")
+    }
+    if len(factors) != 1 or "initial_lr" not in group or isinstance(group["lr"], torch.Tensor):
+        return {}
+    return {"lr": group["initial_lr"] * factors.pop()}
+
+
+def _steps_in(saved: _Saved) -> int:
+    """The optimizer steps that a checkpoint tells of, 0 where it tells of none."""
+    counted = [int(group[STEP_KEY]) for group in saved.groups if STEP_KEY in group]
+    own = [state["step"] for state in saved.state.values() if isinstance(state, Mapping) and "step" in state]
+    return max(counted or map(int, own), default=0)
+
+
+def _warn_of_the_rest(names: set[str], saved: _Saved) -> None:
+    missing = [name for name in names if name not in saved.group_of]
+    unused = [name for name in saved.group_of if name not in names and saved.state.get(saved.key_of.get(name))]
+    if missing:
+        rank_zero_warn(
+            f"the checkpoint has no optimizer state of {_named(missing)}: new, or frozen when it was saved; they start "
+            "without"
+        )
+    if unused:
+        rank_zero_warn(
+            f"the checkpoint has optimizer state of {_named(unused)} that is not used: gone from the model, or frozen "
+            "now"
+        )
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return listed(sorted(names)[:_MOST_NAMED]) + more
+
+
+def _keep_groups_whole(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Note each group of sharded parameters as a whole, under a key of its own.
+
+    When ``torch.distributed.checkpoint`` (2.6 and later) loads, it gives today's groups the options of those that held
+    one of their parameters, the last one wins, and forgets which that was. A key that no other group has gets through.
+    """
+    if any(hasattr(parameter, "device_mesh") for group in optimizer.param_groups for parameter in group["params"]):
+        for number, group in enumerate(state_dict["param_groups"]):
+            options = {key: value for key, value in group.items() if key != "params" and not key.startswith(_WHOLE)}
+            group[f"{_WHOLE}{number}"] = options
+
+
+def _carry_scheduler(scheduler: Any, carrier: _Carrier) -> None:
+    """Let the state of an lr scheduler, whose lists have an entry per param group, follow the groups."""
+    load, save = scheduler.load_state_dict, scheduler.state_dict
+
+    def load_state_dict(state_dict: dict[str, Any]) -> None:
+        load(_regrouped(scheduler, state_dict, carrier))
+
+    def state_dict() -> dict[str, Any]:
+        # torch's schedulers save every attribute, and so these two.
+        return {key: value for key, value in save().items() if key not in ("load_state_dict", "state_dict")}
+
+    scheduler.load_state_dict, scheduler.state_dict = load_state_dict, state_dict
+
+
+def _regrouped(scheduler: Any, state_dict: Mapping[str, Any], carrier: _Carrier) -> dict[str, Any]:
+    """The state of an lr scheduler with its lists in the order of today's param groups."""
+    groups = scheduler.optimizer.param_groups
+    regrouped = dict(state_dict)
+    for key, value in state_dict.items():
+        if key == "_schedulers":  # of SequentialLR and ChainedScheduler
+            regrouped[key] = [_regrouped(inner, state, carrier) for inner, state in zip(scheduler._schedulers, value)]
+        elif isinstance(value, (list, tuple)) and _PER_GROUP.search(key):
+            if carrier.sources is None:
+                if len(value) != len(groups):
+                    raise ValueError(
+                        f"the state of {type(scheduler).__name__} in the checkpoint is of {len(value)} param groups, "
+                        f"today there are {len(groups)}; load the state of the optimizer first, which tells how they "
+                        "belong together"
+                    )
+            elif len(value) == carrier.saved_count:
+                new = [group["lr"] for group in groups] if key == "_last_lr" else getattr(scheduler, key)
+                entries = [new[i] if source is None else value[source] for i, source in enumerate(carrier.sources)]
+                # Functions are not saved: in the state of a LambdaLR, None is in the place of each.
+                regrouped[key] = [None if callable(entry) else entry for entry in entries]
+    return regrouped

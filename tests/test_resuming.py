@@ -1,0 +1,577 @@
+"""Resuming: every parameter goes on with its own state, whatever became of the groups."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import LitBase, LitHparams, Net, digits, run_python, trainer
+from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_regdecay import DecayRule, WeightDecayMonitor, build_decay_groups
+from lightning_regdecay.resuming import resume_by_name
+from lightning_regdecay.schedules import schedule_weight_decay
+
+schedulers = torch.optim.lr_scheduler
+
+TWO_GROUPS = {"*.bias": {"weight_decay": 0.1, "options": {"lr": 0.02}}, "*": {"weight_decay": 0.1}}
+# The same λ and lr for every parameter, in other groups.
+SAME_IN_OTHER_GROUPS = {
+    "head": {"params": "head.weight", "weight_decay": 0.1},
+    "first": {"params": ["body.bias", "norm.bias"], "weight_decay": 0.1, "options": {"lr": 0.02}},
+    "*weight": 0.1,
+    "last": {"params": "head.bias", "weight_decay": 0.1, "options": {"lr": 0.02}},
+}
+OPTIMIZERS = {
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.01),
+    "AMSGrad": lambda groups: torch.optim.Adam(groups, lr=0.01, amsgrad=True),
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True),
+    "SGD without momentum": lambda groups: torch.optim.SGD(groups, lr=0.01),
+    "Adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.01),
+    "RMSprop": lambda groups: torch.optim.RMSprop(groups, lr=0.01, momentum=0.5),
+}
+SCHEDULERS = {
+    "StepLR": lambda o: schedulers.StepLR(o, step_size=3),
+    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, milestones=[2, 7]),
+    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, T_max=12),
+    "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=4),
+    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, gamma=0.9),
+    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, total_iters=11, power=2),
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 0.95**step),
+    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda step: 0.95),
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(
+        o, max_lr=[2 * group["lr"] for group in o.param_groups], total_steps=20, cycle_momentum=False
+    ),
+    "CyclicLR": lambda o: schedulers.CyclicLR(
+        o,
+        base_lr=[group["lr"] / 10 for group in o.param_groups],
+        max_lr=[group["lr"] for group in o.param_groups],
+        step_size_up=4,
+        cycle_momentum=False,
+    ),
+    "SequentialLR": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, total_iters=3), schedulers.CosineAnnealingLR(o, T_max=9)], milestones=[3]
+    ),
+    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
+        [schedulers.ConstantLR(o, total_iters=3), schedulers.ExponentialLR(o, gamma=0.9)], optimizer=o
+    ),
+    "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=0, threshold=10.0),
+}
+
+
+class Run:
+    """A training in plain PyTorch that can be stopped and gone on with."""
+
+    def __init__(self, rules, build=OPTIMIZERS["AdamW"], scheduler=None, **options):
+        torch.manual_seed(0)
+        self.net = Net()
+        self.groups = build_decay_groups(self.net, rules)
+        self.optimizer = build([group.as_param_group() for group in self.groups])
+        self.scheduler = None if scheduler is None else scheduler(self.optimizer)
+        schedule_weight_decay(self.optimizer, total_steps=12)
+        resume_by_name(self.optimizer, self.net, lr_scheduler=self.scheduler, **options)
+
+    def train(self, steps, first=0):
+        pixels, classes = digits(256)
+        for step in range(first, first + steps):
+            part = slice(20 * step, 20 * step + 20)
+            self.optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(self.net(pixels[part]), classes[part])
+            loss.backward()
+            self.optimizer.step()
+            if isinstance(self.scheduler, schedulers.ReduceLROnPlateau):
+                self.scheduler.step(loss.item())
+            elif self.scheduler is not None:
+                self.scheduler.step()
+        return self
+
+    def checkpoint(self):
+        file = io.BytesIO()
+        scheduler = self.scheduler.state_dict() if self.scheduler is not None else None
+        torch.save((self.net.state_dict(), self.optimizer.state_dict(), scheduler), file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
+    def load(self, checkpoint):
+        weights, optimizer, scheduler = checkpoint
+        self.net.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(scheduler)
+        return self
+
+    def group(self, name):
+        return next(group for group in self.optimizer.param_groups if group["name"] == name)
+
+    def state_of(self, name):
+        return self.optimizer.state.get(self.net.get_parameter(name), {})
+
+
+def assert_same_weights(a, b):
+    for (name, p), q in zip(a.named_parameters(), b.parameters()):
+        assert torch.equal(p, q), name
+
+
+def assert_same_state(run, before, names):
+    for name in names:
+        state, expected = run.state_of(name), before.state_of(name)
+        assert state.keys() == expected.keys()
+        for key, value in state.items():
+            assert torch.equal(value, expected[key]) if isinstance(value, torch.Tensor) else value == expected[key]
+
+
+@pytest.fixture
+def log(caplog):
+    """What was logged for the user, in lines."""
+    caplog.set_level(logging.INFO)
+    logging.getLogger("lightning.fabric").addHandler(caplog.handler)
+    logging.getLogger("lightning_utilities").setLevel(logging.INFO)
+    yield lambda: [record.getMessage() for record in caplog.records]
+    logging.getLogger("lightning.fabric").removeHandler(caplog.handler)
+
+
+class TestOtherGroups:
+    """The same λ and lr of every parameter, in groups that were split, joined, renamed and reordered."""
+
+    @pytest.mark.parametrize("kind", OPTIMIZERS)
+    def test_goes_on_bit_for_bit_with_any_optimizer(self, kind):
+        whole = Run(TWO_GROUPS, OPTIMIZERS[kind]).train(10)
+        first = Run(TWO_GROUPS, OPTIMIZERS[kind]).train(5)
+        second = Run(SAME_IN_OTHER_GROUPS, OPTIMIZERS[kind]).load(first.checkpoint()).train(5, first=5)
+        assert_same_weights(second.net, whole.net)
+        assert len(second.optimizer.param_groups) == 4
+
+    @pytest.mark.parametrize("kind", SCHEDULERS)
+    @pytest.mark.parametrize("rules", [(TWO_GROUPS, SAME_IN_OTHER_GROUPS), (SAME_IN_OTHER_GROUPS, TWO_GROUPS)])
+    def test_goes_on_bit_for_bit_with_any_scheduler(self, kind, rules):
+        before, today = rules
+        build, scheduler = OPTIMIZERS["SGD"], SCHEDULERS[kind]
+        whole = Run(before, build, scheduler).train(10)
+        first = Run(before, build, scheduler).train(5)
+        second = Run(today, build, scheduler).load(first.checkpoint()).train(5, first=5)
+        assert_same_weights(second.net, whole.net)
+        assert sorted(second.scheduler.get_last_lr()) != [0.01] * len(second.groups)
+
+    def test_a_scheduler_with_an_object_per_group(self):
+        class Decay:
+            def __init__(self, rate):
+                self.rate, self.calls = rate, 0
+
+            def __call__(self, step):
+                self.calls += 1
+                return self.rate**step
+
+        def by_bias(optimizer):
+            rates = [0.5 if all("bias" in n for n in g["param_names"]) else 0.9 for g in optimizer.param_groups]
+            return schedulers.LambdaLR(optimizer, [Decay(rate) for rate in rates])
+
+        whole = Run(TWO_GROUPS, scheduler=by_bias).train(10)
+        first = Run(TWO_GROUPS, scheduler=by_bias).train(5)
+        second = Run(SAME_IN_OTHER_GROUPS, scheduler=by_bias).load(first.checkpoint()).train(5, first=5)
+        assert_same_weights(second.net, whole.net)
+        assert [decay.calls for decay in second.scheduler.lr_lambdas] == [11] * 4
+
+    def test_an_equal_number_of_groups_in_another_order(self):
+        whole = Run(TWO_GROUPS, scheduler=SCHEDULERS["StepLR"]).train(8)
+        first = Run(TWO_GROUPS, scheduler=SCHEDULERS["StepLR"]).train(4)
+        rules = [DecayRule(0.1, min_ndim=2), DecayRule(0.1, params="norm.weight"), DecayRule(0.1, options={"lr": 0.02})]
+        second = Run(rules, scheduler=SCHEDULERS["StepLR"]).load(first.checkpoint()).train(4, first=4)
+        assert_same_weights(second.net, whole.net)
+
+    def test_the_scheduler_can_be_saved_again(self):
+        first = Run(TWO_GROUPS, scheduler=SCHEDULERS["SequentialLR"]).train(3)
+        again = Run(SAME_IN_OTHER_GROUPS, scheduler=SCHEDULERS["SequentialLR"]).load(first.checkpoint())
+        fresh = schedulers.StepLR(Run(TWO_GROUPS).optimizer, step_size=3)
+        saved = Run(TWO_GROUPS, scheduler=SCHEDULERS["StepLR"]).scheduler.state_dict()
+        assert saved.keys() == fresh.state_dict().keys()
+        third = Run(TWO_GROUPS, scheduler=SCHEDULERS["SequentialLR"]).load(again.checkpoint())
+        assert third.scheduler.get_last_lr() == first.scheduler.get_last_lr()
+
+    def test_parameters_of_other_learning_rates_cannot_join(self):
+        first = Run(TWO_GROUPS).train(2)
+        second = Run({"*": 0.1})
+        before = copy.deepcopy(second.optimizer.state_dict())
+        message = "group 'rest' joins parameters whose lr differs in the checkpoint: 0.01 of 'body.weight' and 0.02 of"
+        with pytest.raises(ValueError, match=message):
+            second.optimizer.load_state_dict(first.checkpoint()[1])
+        assert second.optimizer.state_dict() == before
+
+
+class TestOtherParameters:
+    def test_new_ones_start_without_state_and_are_named(self):
+        first = Run({"*": 0.1})
+        first.net.head.requires_grad_(False)
+        first.optimizer = OPTIMIZERS["AdamW"]([g.as_param_group() for g in build_decay_groups(first.net, {"*": 0.1})])
+        first.train(3)
+        second = Run({"*.bias": 0.0, "*": 0.2})
+        message = "no optimizer state of 'head.bias', 'head.weight': new, or frozen when it was saved"
+        with pytest.warns(UserWarning, match=message):
+            second.load(first.checkpoint())
+        assert_same_state(second, first, ["body.weight", "body.bias", "norm.weight", "norm.bias"])
+        assert not second.state_of("head.weight")
+        second.train(1)
+        assert second.state_of("head.weight")["step"] == 1
+        assert second.state_of("body.weight")["step"] == 4
+
+    def test_frozen_ones_are_named(self):
+        first = Run({"*": 0.1}).train(3)
+        second = Run({"*": 0.1})
+        second.net.body.requires_grad_(False)
+        groups = build_decay_groups(second.net, {"*": 0.1})
+        second.optimizer = OPTIMIZERS["AdamW"]([group.as_param_group() for group in groups])
+        resume_by_name(second.optimizer, second.net)
+        message = "optimizer state of 'body.bias', 'body.weight' that is not used: gone from the model, or frozen now"
+        with pytest.warns(UserWarning, match=message):
+            second.load(first.checkpoint())
+        assert_same_state(second, first, ["head.weight", "head.bias", "norm.weight", "norm.bias"])
+
+    def test_a_group_of_new_ones_only_joins_the_lr_schedule(self):
+        def half(net):
+            groups = build_decay_groups(net.body, {"*": 0.1})
+            return [dict(group.as_param_group(), param_names=["body.weight", "body.bias"]) for group in groups]
+
+        net = Net()
+        before = torch.optim.SGD(half(net), lr=0.1)
+        scheduler = schedulers.LinearLR(before, start_factor=1.0, end_factor=0.0, total_iters=10)
+        for _ in range(4):
+            before.step()
+            scheduler.step()
+        head = {"params": [net.head.weight], "param_names": ["head.weight"], "lr": 0.5, "name": "head"}
+        today = torch.optim.SGD([head, *half(net)], lr=0.1)
+        follows = schedulers.LinearLR(today, start_factor=1.0, end_factor=0.0, total_iters=10)
+        resume_by_name(today, net, lr_scheduler=follows)
+        with pytest.warns(UserWarning, match="no optimizer state of 'head.weight'"):
+            today.load_state_dict(before.state_dict())
+        follows.load_state_dict(scheduler.state_dict())
+        assert [group["lr"] for group in today.param_groups] == pytest.approx([0.3, 0.06])
+        assert follows.get_last_lr() == pytest.approx([0.3, 0.06])
+        assert follows.base_lrs == [0.5, 0.1]
+
+    def test_a_tied_parameter_under_its_other_name(self):
+        class Tied(nn.Module):
+            def __init__(self, order):
+                super().__init__()
+                shared = nn.Linear(3, 3)
+                for name in order:
+                    self.add_module(name, shared)
+
+        def optimizer(order):
+            model = Tied(order)
+            groups = build_decay_groups(model, {"*": 0.1})
+            built = torch.optim.AdamW([group.as_param_group() for group in groups])
+            resume_by_name(built, model)
+            return model, built
+
+        before, one = optimizer("ab")
+        before.a.weight.grad = torch.ones(3, 3)
+        one.step()
+        after, two = optimizer("ba")
+        two.load_state_dict(one.state_dict())
+        assert two.state[after.a.weight]["step"] == 1
+
+    def test_a_parameter_of_another_shape(self):
+        first = Run({"*": 0.1}).train(1)
+        second = Run({"*": 0.1})
+        second.net.head = nn.Linear(16, 5)
+        second.optimizer = OPTIMIZERS["AdamW"]([g.as_param_group() for g in build_decay_groups(second.net, {"*": 0.1})])
+        resume_by_name(second.optimizer, second.net)
+        with pytest.raises(
+            ValueError, match=re.escape("of 'head.weight' in the checkpoint has the shape (10, 16), the")
+        ):
+            second.optimizer.load_state_dict(first.checkpoint()[1])
+        assert not second.optimizer.state
+
+    def test_names_with_the_prefixes_of_wrappers(self):
+        first = Run({"*": 0.1}).train(2)
+        checkpoint = first.checkpoint()
+        for group in checkpoint[1]["param_groups"]:
+            group["param_names"] = [f"_orig_mod.{name}" for name in group["param_names"]]
+        second = Run({"*.bias": 0.0, "*": 0.1}).load(checkpoint)
+        assert_same_state(second, first, ["body.weight", "head.bias"])
+
+
+class TestOtherStrengths:
+    def test_the_rules_win_and_say_so(self, log):
+        first = Run({"*.bias": 0.0, "*": 0.1}).train(2)
+        second = Run({"*.bias": 0.0, "*": 0.5}).load(first.checkpoint())
+        assert [group["weight_decay"] for group in second.optimizer.param_groups] == [0.0, 0.5]
+        assert log() == ["weight decay of group 'rest': 0.1 (checkpoint) → 0.5 (rules)"]
+
+    def test_or_the_checkpoints_on_request(self, log):
+        first = Run({"*.bias": 0.0, "*": 0.1}).train(2)
+        second = Run({"head.*": 0.5, "*.bias": 0.0, "*": 0.5}, weight_decay="checkpoint")
+        with pytest.raises(ValueError, match="'head' joins parameters whose weight_decay differs"):
+            second.load(first.checkpoint())
+        second = Run({"*.bias": 0.0, "head.*": 0.5, "*": 0.5}, weight_decay="checkpoint").load(first.checkpoint())
+        assert [group["weight_decay"] for group in second.optimizer.param_groups] == [0.0, 0.1, 0.1]
+        assert log() == [
+            f"weight decay of group {name!r}: 0.1 (checkpoint) goes on, the rules say 0.5" for name in ("head", "rest")
+        ]
+
+    def test_neither_of_them(self):
+        with pytest.raises(ValueError, match="that of the 'rules' or of the 'checkpoint', got 'both'"):
+            Run({"*": 0.1}, weight_decay="both")
+
+    def test_a_multiple_of_the_optimizers_own(self):
+        first = Run({"*": 0.1}).train(1)
+        net = Run({"*": 0.1}).net
+        (group,) = build_decay_groups(net, {"*": {"decay_mult": 0.5}})
+        optimizer = torch.optim.AdamW([group.as_param_group(weight_decay=0.4)], weight_decay=0.4)
+        resume_by_name(optimizer, net)
+        optimizer.load_state_dict(first.checkpoint()[1])
+        assert optimizer.param_groups[0]["weight_decay"] == 0.2
+
+    def test_a_learning_rate_stays_that_of_the_checkpoint_and_says_so(self, log):
+        first = Run({"*": 0.1}).train(1)
+        second = Run({"*": {"weight_decay": 0.1, "options": {"lr": 0.5}}}).load(first.checkpoint())
+        assert second.group("rest")["lr"] == 0.01
+        assert log() == ["lr of group 'rest': 0.01 (checkpoint) goes on, 0.5 is configured"]
+
+    def test_another_optimizer(self):
+        first = Run({"*": 0.1}, OPTIMIZERS["SGD"]).train(1)
+        second = Run({"*": 0.1})
+        message = (
+            "not that of AdamW: it has the options 'dampening', 'momentum', 'nesterov' and lacks 'amsgrad', 'betas'"
+        )
+        with pytest.raises(ValueError, match=message):
+            second.load(first.checkpoint())
+
+
+class TestSchedules:
+    SCHEDULE = {"schedule": "linear", "start": 0.0, "end": 1.2}
+
+    def test_go_on_where_they_were(self):
+        whole = Run({"*": self.SCHEDULE}).train(12)
+        first = Run({"*": self.SCHEDULE}).train(5)
+        second = Run({"head.*": self.SCHEDULE, "*": self.SCHEDULE}).load(first.checkpoint())
+        assert [group["weight_decay"] for group in second.optimizer.param_groups] == pytest.approx([0.5, 0.5])
+        assert_same_weights(second.train(7, first=5).net, whole.net)
+
+    def test_a_new_one_counts_the_steps_of_the_checkpoint(self, log):
+        first = Run({"*": 0.1}).train(5)
+        second = Run({"*": self.SCHEDULE}).load(first.checkpoint()).train(1, first=5)
+        assert second.group("rest")["weight_decay"] == pytest.approx(0.5)
+        assert log() == ["weight decay of group 'rest': 0.1 (checkpoint) → linear 0 to 1.2 (rules)"]
+
+    def test_one_that_is_gone(self, log):
+        first = Run({"*": self.SCHEDULE}).train(5)
+        second = Run({"*": 0.3}).load(first.checkpoint()).train(1, first=5)
+        assert second.group("rest")["weight_decay"] == 0.3
+        assert "decay_schedule" not in second.group("rest")
+        assert log() == ["weight decay of group 'rest': linear 0 to 1.2 (checkpoint) → 0.3 (rules)"]
+
+    def test_that_of_the_checkpoint_on_request(self):
+        first = Run({"*": self.SCHEDULE}).train(5)
+        second = Run({"*": 0.3}, weight_decay="checkpoint").load(first.checkpoint()).train(1, first=5)
+        assert second.group("rest")["weight_decay"] == pytest.approx(0.5)
+
+
+class TestCheckpointsWithoutNames:
+    """From before the mixin."""
+
+    def before(self, build_groups, kind="AdamW", steps=3):
+        torch.manual_seed(0)
+        run = Run({"*": 0.1})
+        run.optimizer = OPTIMIZERS[kind](build_groups(run.net))
+        return run.train(steps)
+
+    def resumed(self, before):
+        return Run({"*.bias": 0.0, "*norm*": 0.0, "*": 0.2}).load(before.checkpoint())
+
+    ORDERS = {
+        "one group": lambda net: net.parameters(),
+        "part after part": lambda net: [
+            {"params": net.body.parameters()},
+            {"params": [*net.norm.parameters(), *net.head.parameters()]},
+        ],
+        "by dimension": lambda net: [
+            {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in net.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+    }
+
+    @pytest.mark.parametrize("order", ORDERS)
+    def test_are_read_in_the_order_of_the_model(self, order, log):
+        before = self.before(self.ORDERS[order])
+        assert_same_state(self.resumed(before), before, [name for name, _ in before.net.named_parameters()])
+        assert "read in the order of model.parameters()" in log()[0]
+
+    def test_with_frozen_parameters_left_out_or_not(self):
+        def trainable(net):
+            net.body.requires_grad_(False)
+            return [p for p in net.parameters() if p.requires_grad]
+
+        def everything(net):
+            net.body.requires_grad_(False)
+            return net.parameters()
+
+        for build in (trainable, everything):
+            before = self.before(build)
+            after = Run({"*": 0.2})
+            after.net.body.requires_grad_(False)
+            after.optimizer = OPTIMIZERS["AdamW"](
+                [g.as_param_group() for g in build_decay_groups(after.net, {"*": 0.2})]
+            )
+            resume_by_name(after.optimizer, after.net)
+            after.load(before.checkpoint())
+            assert_same_state(after, before, ["norm.weight", "norm.bias", "head.weight", "head.bias"])
+
+    def test_groups_that_fit_in_several_ways(self):
+        def weights_and_biases(net):  # of the norm, both have the same shape
+            names = dict(net.named_parameters())
+            return [{"params": [p for n, p in names.items() if n.endswith(end)]} for end in ("weight", "bias")]
+
+        with pytest.raises(ValueError, match="in no way, or in several; write the names into the checkpoint"):
+            self.resumed(self.before(weights_and_biases))
+
+    def test_that_can_be_given_names(self):
+        def in_an_order_of_their_own(net):
+            return [{"params": [net.norm.bias, net.norm.weight]}, {"params": [net.head.bias, net.head.weight]}]
+
+        before = self.before(in_an_order_of_their_own)
+        checkpoint = before.checkpoint()
+        checkpoint[1]["param_groups"][0]["param_names"] = ["norm.bias", "norm.weight"]
+        checkpoint[1]["param_groups"][1]["param_names"] = ["head.bias", "head.weight"]
+        with pytest.warns(UserWarning, match="no optimizer state of 'body.bias', 'body.weight'"):
+            after = Run({"*": 0.2}).load(checkpoint)
+        assert_same_state(after, before, ["norm.bias", "head.weight"])
+
+    def test_of_another_model(self):
+        before = self.before(lambda net: net.head.parameters())
+        with pytest.raises(
+            ValueError, match=re.escape("its 2 parameters in 1 groups fit the 6 of the model (6 trainable)")
+        ):
+            self.resumed(before)
+
+    def test_without_state_only_equal_options_are_unambiguous(self):
+        def apart(net):
+            return [
+                {"params": net.body.parameters(), "lr": 0.1},
+                {"params": [*net.norm.parameters(), *net.head.parameters()]},
+            ]
+
+        before = self.before(apart, "SGD without momentum")
+        after = Run({"*.bias": 0.0, "*": 0.2}, OPTIMIZERS["SGD without momentum"])
+        with pytest.raises(ValueError, match="in no way, or in several"):
+            after.load(before.checkpoint())
+
+
+class TestPlainPytorch:
+    def test_a_scheduler_needs_the_optimizer_first(self):
+        first = Run(TWO_GROUPS, scheduler=SCHEDULERS["StepLR"]).train(2)
+        second = Run({"*": 0.1}, scheduler=SCHEDULERS["StepLR"])
+        with pytest.raises(
+            ValueError, match="is of 2 param groups, today there are 1; load the state of the optimizer first"
+        ):
+            second.scheduler.load_state_dict(first.checkpoint()[2])
+
+    def test_fabric(self, tmp_path):
+        fabric = Fabric(accelerator="cpu", devices=1)
+
+        def setup(rules):
+            torch.manual_seed(0)
+            module = LitHparams(decay_rules=rules)
+            module.lr_scheduler = SCHEDULERS["StepLR"]
+            config = module.configure_optimizers()
+            model, optimizer = fabric.setup(module, config["optimizer"])
+            return module, model, optimizer, config["lr_scheduler"]
+
+        def step(module, optimizer):
+            pixels, classes = digits(64)
+            optimizer.zero_grad()
+            fabric.backward(module.training_step_loss([pixels, classes]))
+            optimizer.step()
+
+        module, model, optimizer, scheduler = setup({"*.bias": 0.0, "*": 0.1})
+        step(module, optimizer)
+        fabric.save(tmp_path / "state.ckpt", {"model": model, "optimizer": optimizer, "scheduler": scheduler})
+        again, model, other, scheduler = setup({"head.*": 0.5, "*.bias": 0.0, "*": 0.1})
+        fabric.load(tmp_path / "state.ckpt", {"model": model, "optimizer": other, "scheduler": scheduler})
+        names = dict(again.named_parameters())
+        for name, parameter in module.named_parameters():
+            state, expected = other.optimizer.state[names[name]], optimizer.optimizer.state[parameter]
+            assert torch.equal(state["exp_avg"], expected["exp_avg"])
+        assert [group["weight_decay"] for group in other.param_groups] == [0.5, 0.0, 0.1]
+
+
+class TestLightning:
+    def fit(self, path, rules, epochs, kind="AdamW", ckpt_path=None, model=LitHparams, **attributes):
+        model = model(decay_rules=rules)
+        for name, value in attributes.items():
+            setattr(model, name, value)
+        model.build_optimizer = OPTIMIZERS[kind]
+        model.build_lr_scheduler = lambda optimizer: {
+            "scheduler": schedulers.CosineAnnealingLR(optimizer, T_max=16),
+            "interval": "step",
+        }
+        monitor = WeightDecayMonitor(every_n_steps=1, summary=False)
+        checkpoint = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1)
+        options = {"callbacks": [monitor, checkpoint], "enable_checkpointing": True, "max_epochs": epochs}
+        trainer(**options).fit(model, ckpt_path=ckpt_path)
+        return model, monitor
+
+    @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+    def test_unchanged_rules_go_on_bit_for_bit(self, kind, tmp_path):
+        rules = {"*.bias": 0.0, "*": {"schedule": "cosine", "start": 0.04, "end": 0.4, "steps": 16}}
+        whole, expected = self.fit(tmp_path / "whole", rules, 4, kind)
+        self.fit(tmp_path / "first", rules, 2, kind)
+        second, monitor = self.fit(tmp_path / "second", rules, 4, kind, ckpt_path=tmp_path / "first" / "epoch=1.ckpt")
+        assert_same_weights(second, whole)
+        assert monitor.history == expected.history
+        assert len(monitor.history) == 16
+
+    def test_changed_rules(self, tmp_path, log):
+        self.fit(tmp_path, {"*.bias": 0.0, "*": 0.1}, 1)
+        rules = {"head.*": 0.5, "*.bias": 0.0, "*": 0.1}
+        _, monitor = self.fit(tmp_path / "second", rules, 2, ckpt_path=tmp_path / "epoch=0.ckpt")
+        assert monitor.history[-1]["decay/head/weight_decay"] == 0.5
+        assert "weight decay of group 'head': 0.1 (checkpoint) → 0.5 (rules)" in log()
+        path = tmp_path / "epoch=0.ckpt"
+        _, kept = self.fit(tmp_path / "3", {"*.bias": 0.0, "*": 0.5}, 2, ckpt_path=path, decay_resume="checkpoint")
+        assert kept.history[-1]["decay/rest/weight_decay"] == 0.1
+
+    def test_a_checkpoint_from_before_the_mixin(self, tmp_path):
+        class Before(LitBase):
+            def configure_optimizers(self):
+                optimizer = torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
+                scheduler = schedulers.CosineAnnealingLR(optimizer, T_max=16)
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        def fit(path, epochs):
+            checkpoint = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1)
+            model = Before()
+            trainer(callbacks=[checkpoint], enable_checkpointing=True, max_epochs=epochs).fit(model)
+            return model
+
+        expected = fit(tmp_path / "whole", 3)
+        fit(tmp_path, 2)
+        rules = {"*.bias": 0.1, "*": 0.1}
+        resumed, _ = self.fit(tmp_path / "second", rules, 3, ckpt_path=tmp_path / "epoch=1.ckpt")
+        assert_same_weights(resumed, expected)
+
+    def test_a_checkpoint_loads_where_the_package_is_not(self, tmp_path):
+        self.fit(tmp_path, {"*.bias": 0.0, "*": {"schedule": "follow_lr", "start": 0.1}}, 1)
+        code = (
+            "import sys; sys.modules['lightning_regdecay'] = None\n"
+            "import torch; state = torch.load('epoch=0.ckpt', weights_only=True)\n"
+            "print(state['optimizer_states'][0]['param_groups'][1]['decay_schedule'])"
+        )
+        assert "{'schedule': 'follow_lr', 'start': 0.1}" in run_python("-c", code, cwd=tmp_path, timeout=60)
+
+    @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
+    def test_a_run_that_was_killed_in_mid_epoch(self, kind, tmp_path):
+        program = Path(__file__).with_name("resuming_run.py")
+        expected = run_python(program, kind, "whole", "never", cwd=tmp_path, timeout=120)
+        with pytest.raises(AssertionError):  # killed at the end of step 7 of 12, after the checkpoint of step 6
+            run_python(program, kind, "killed", 7, cwd=tmp_path, timeout=120)
+        assert not (tmp_path / "killed.json").exists()
+        assert "resumed at step 6" in run_python(program, kind, "killed", "never", cwd=tmp_path, timeout=120)
+        assert (tmp_path / "killed.json").read_text() == (tmp_path / "whole.json").read_text()
+        assert "resumed" not in expected
