@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,55 @@ def test_the_example_takes_yaml_from_a_file(tmp_path):
         MPLBACKEND="Agg",
     )
     assert re.search(r"^head +0.01 ", output, flags=re.MULTILINE)
+
+
+def tuning_tables(output):
+    """What examples/tune.py printed of the studies, and the rows of its table by name."""
+    studies = re.findall(r"^one λ .* (\d+) trials, (\d+) pruned, best validation PSNR (\S+) dB$", output, re.MULTILINE)
+    row = r"^(\S.*?)" + r" +([\d.e+-]+)" * 4 + r" +(\S+) ± (\S+)" * 2 + "$"
+    rows = {name: [*map(float, numbers)] for name, *numbers in re.findall(row, output, re.MULTILINE)}
+    return studies, rows
+
+
+def test_the_tuning_example(tmp_path):
+    pytest.importorskip("optuna_integration")
+    example = ROOT / "examples" / "tune.py"
+    options = ("--trials", 6, "--epochs", 2, "--storage", "sqlite:///tune.db", "--picture", "trials.png")
+    output = run_python(example, *options, cwd=tmp_path, timeout=240, MPLBACKEND="Agg")
+    studies, rows = tuning_tables(output)
+    assert [trials for trials, _, _ in studies] == ["6", "6"]
+    assert list(rows) == ["AdamW's own", "one λ for all", "one λ per group"]
+    assert rows["AdamW's own"][:4] == [0.01] * 4
+    assert len(set(rows["one λ for all"][:4])) == 1
+    assert len(set(rows["one λ per group"][:4])) == 4
+    for *decays, val, val_spread, test, test_spread in rows.values():
+        assert all(0.01 <= decay <= 100 for decay in decays)
+        assert 10 < val < 20  # one colour everywhere scores 9.8 dB
+        assert test == pytest.approx(val, abs=1)
+        assert 0 < val_spread < 2
+        assert 0 < test_spread < 2
+    assert (tmp_path / "trials.png").read_bytes().startswith(b"\x89PNG")
+
+    # The storage holds all trials: nothing is left to search, and what was found is the same.
+    again = run_python(example, *options, cwd=tmp_path, timeout=240, MPLBACKEND="Agg")
+    assert tuning_tables(again) == (studies, rows)
+
+
+def test_the_tuning_table_in_the_readme_says_what_the_text_says():
+    [output] = [text for text in blocks("text") if "pruned" in text]
+    studies, rows = tuning_tables(output)
+    assert all(int(pruned) > 0 for _, pruned, _ in studies)
+    scores = {name: row[6] for name, row in rows.items()}
+    assert scores["AdamW's own"] < scores["one λ for all"] < scores["one λ per group"]
+
+
+@pytest.mark.parametrize(("threshold", "state", "epochs"), [(1000, "PRUNED", [0]), (-1000, "COMPLETE", [0, 1, 2])])
+def test_the_tuning_example_prunes(threshold, state, epochs):
+    optuna = pytest.importorskip("optuna")
+    pytest.importorskip("optuna_integration")
+    tune = runpy.run_path(str(ROOT / "examples" / "tune.py"))
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=threshold))
+    study.optimize(lambda trial: tune["objective"](trial, tune["per_group"](trial), 3), n_trials=1)
+    [trial] = study.trials
+    assert trial.state.name == state
+    assert list(trial.intermediate_values) == epochs
