@@ -287,13 +287,25 @@ class WeightDecayMixin(_Base):
         """Let the states of a checkpoint find their parameters, also where the groups were others."""
         reference = weakref.ref(self)
 
-        def steps_done() -> int:
-            trainer = getattr(reference(), "_trainer", None)
-            return 0 if trainer is None else int(trainer.global_step)
+        def trainer() -> Any:
+            return getattr(reference(), "_trainer", None)
+
+        def checkpoint() -> Any:
+            """What the strategy is loading by itself into sharded parameters."""
+            if trainer() is None or trainer().strategy.lightning_restore_optimizer:
+                return None
+            return trainer().ckpt_path if any(hasattr(p, "device_mesh") for p in trainer().model.parameters()) else None
 
         if isinstance(scheduler, Mapping):
             scheduler = scheduler.get("scheduler")
-        carry_over_by_name(optimizer, self, scheduler, self.decay_resume, steps_done)
+        carry_over_by_name(
+            optimizer,
+            self,
+            scheduler,
+            self.decay_resume,
+            checkpoint,
+            steps_done=lambda: int(trainer().global_step) if trainer() is not None else 0,
+        )
 
     def _follow_schedules(self, groups: DecayGroups, optimizer: Optimizer) -> None:
         """Keep the λ of groups with a schedule on it, over the run of the Trainer where there is one."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,14 +29,17 @@ _FLAGS = {"foreach", "maximize", "capturable", "differentiable", "fused", "decou
 """Options that came to torch's optimizers over time, so that checkpoints of older versions lack them."""
 _PER_GROUP = re.compile(r"(lr|lrs|momentums|lambdas)$")
 """Names of the lists of an lr scheduler that have an entry per param group."""
-_WHOLE = "whole_group_"
-"""What the keys begin with under which :func:`_keep_groups_whole` notes groups."""
 _MOST_NAMED = 8  # parameters in a message
 _MOST_WAYS = 10_000  # to put groups without names together
 
 
 def resume_by_name(
-    optimizer: Optimizer, model: nn.Module, *, lr_scheduler: Any = None, weight_decay: WeightDecayFrom = "rules"
+    optimizer: Optimizer,
+    model: nn.Module,
+    *,
+    lr_scheduler: Any = None,
+    weight_decay: WeightDecayFrom = "rules",
+    checkpoint: str | Path | None = None,
 ) -> None:
     """Let ``optimizer.load_state_dict`` give every parameter its own state, also where the groups have changed.
 
@@ -48,6 +53,8 @@ def resume_by_name(
         model: the model that the groups were built over.
         lr_scheduler: of torch, or another with such lists of an entry per group; load its state after the optimizer's.
         weight_decay: whose λ goes on where they differ: that of the rules, or that of the checkpoint.
+        checkpoint: the folder that the state will be loaded from, where ``torch.distributed.checkpoint`` loads it (its
+            ``get_optimizer_state_dict``, ``load`` and ``set_optimizer_state_dict``, as for sharded parameters).
 
     Raises:
         ValueError: for another ``weight_decay``; later, when a state is loaded and before anything is changed, for a
@@ -66,7 +73,7 @@ def resume_by_name(
     >>> [group["weight_decay"] for group in today.param_groups]
     [0.0, 0.5]
     """
-    carry_over_by_name(optimizer, model, lr_scheduler, weight_decay)
+    carry_over_by_name(optimizer, model, lr_scheduler, weight_decay, lambda: checkpoint)
 
 
 def carry_over_by_name(
@@ -74,17 +81,18 @@ def carry_over_by_name(
     model: nn.Module,
     lr_scheduler: Any,
     weight_decay: WeightDecayFrom,
+    checkpoint: Callable[[], str | Path | None],
     steps_done: Callable[[], int] = lambda: 0,
 ) -> None:
-    """As :func:`resume_by_name`, for a caller that knows how many optimizer steps the run has done."""
+    """As :func:`resume_by_name`, for a caller that will know the checkpoint, and the steps that the run has done."""
     if weight_decay not in ("rules", "checkpoint"):
         raise ValueError(
             "the weight decay that goes on in a resumed run is that of the 'rules' or of the 'checkpoint', got "
             f"{weight_decay!r}"
         )
-    carrier = _Carrier(model, weight_decay, steps_done)
+    carrier = _Carrier(model, weight_decay, checkpoint, steps_done)
     optimizer.register_load_state_dict_pre_hook(carrier.before_loading)
-    optimizer.register_state_dict_post_hook(_keep_groups_whole)
+    optimizer.register_state_dict_post_hook(carrier.after_saving)
     if lr_scheduler is not None:
         _carry_scheduler(lr_scheduler, carrier)
 
@@ -104,8 +112,15 @@ class _Saved(NamedTuple):
 class _Carrier:
     """Translates the states of one optimizer, and of its lr scheduler, when they are loaded."""
 
-    def __init__(self, model: nn.Module, weight_decay: WeightDecayFrom, steps_done: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weight_decay: WeightDecayFrom,
+        checkpoint: Callable[[], str | Path | None],
+        steps_done: Callable[[], int],
+    ) -> None:
         self._model = weakref.ref(model)  # which may hold the optimizer
+        self._checkpoint = checkpoint
         self._steps_done = steps_done
         # The options that are not taken from the checkpoint.
         self._todays = _IDENTITY_KEYS if weight_decay == "checkpoint" else _IDENTITY_KEYS | STRENGTH_KEYS
@@ -116,9 +131,8 @@ class _Carrier:
 
     def before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state that torch can load: with the param groups of today, each with its own parameters."""
-        model = self._model()
-        known = [] if model is None else model_parameters(model)
-        saved = _read(state_dict, known)
+        known = self._known()
+        saved = _read(state_dict, self._groups_beside(), known)
         _check_same_optimizer(optimizer, saved.groups)
         names = [_names_of(group, known) for group in optimizer.param_groups]
         sources = [self._source(group, own, saved) for group, own in zip(optimizer.param_groups, names)]
@@ -138,10 +152,51 @@ class _Carrier:
                     state[number] = _checked_state(name, parameter, saved.state[key])
 
         self.sources, self.saved_count = sources, len(saved.groups)
+        self._checkpoint = lambda: None  # what is saved from now on is this run
         for remark in remarks:
             rank_zero_info(remark)
         _warn_of_the_rest({name for own in names for name in own}, saved)
         return {**state_dict, "state": state, "param_groups": groups}
+
+    def after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Show the parameters in the groups of the checkpoint, while ``torch.distributed.checkpoint`` is loading it.
+
+        It (2.6 and later) loads what the state of today has places for: without this, it
+        would pass over groups that are no more, and fail for those that are new.
+        """
+        groups = self._groups_beside()
+        if groups is None or not isinstance(groups[0]["params"][0], str):
+            return
+        known = self._known()
+        names = [name for group in optimizer.param_groups for name in _names_of(group, known)]
+        numbers = {name: number for number, name in enumerate(names)}
+        saved = {name for group in groups for name in _first_names(group["params"], known)}
+        missing = [name for name in names if name not in saved]
+        if missing:
+            raise ValueError(
+                f"the checkpoint has no optimizer state of {_named(missing)} (new, or frozen when it was saved). "
+                "torch.distributed.checkpoint restores all parameters or none: train the same ones, or start the run "
+                "from the weights alone"
+            )
+        for group in groups:
+            own = [numbers[name] for name in _first_names(group["params"], known) if name in numbers]
+            group["params"] = own
+        state_dict["param_groups"] = groups
+
+    def _known(self) -> list[ModelParameter]:
+        model = self._model()
+        return [] if model is None else model_parameters(model)
+
+    def _groups_beside(self) -> list[dict[str, Any]] | None:
+        """The param groups of the checkpoint, where ``torch.distributed.checkpoint`` is loading it.
+
+        It does not hand them over: it gives today's groups the options of those that held
+        one of their parameters, the last one wins.
+        """
+        path = self._checkpoint()
+        if path is None:
+            return None
+        return _groups_in_folder(Path(path)) if Path(path).is_dir() else _groups_in_file(Path(path))
 
     def _source(self, group: Mapping[str, Any], names: Sequence[str], saved: _Saved) -> int | None:
         """The number of the group in the checkpoint that a param group goes on from.
@@ -192,22 +247,64 @@ class _Carrier:
         return options
 
 
-def _read(state_dict: Mapping[str, Any], known: Sequence[ModelParameter]) -> _Saved:
-    """A state of an optimizer by parameter name."""
-    first_name = {name: parameter.name for parameter in known for name in parameter.names}
-
-    def with_first_names(names: Sequence[Sequence[str]]) -> list[list[str]]:
-        return [[first_name.get(name, name) for name in map(plain_name, own)] for own in names]
-
-    groups: list[dict[str, Any]] = state_dict["param_groups"]
-    names = with_first_names(_saved_names(state_dict, known))
-    key_of = {name: key for group, own in zip(groups, names) for name, key in zip(own, group["params"])}
-    whole = {key: value for group in groups for key, value in group.items() if key.startswith(_WHOLE)}
-    if whole:
-        groups = list(whole.values())
-        names = with_first_names([group["param_names"] for group in groups])
+def _read(
+    state_dict: Mapping[str, Any], groups: list[dict[str, Any]] | None, known: Sequence[ModelParameter]
+) -> _Saved:
+    """A state of an optimizer by parameter name; with its groups, where the state has them no more."""
+    names = [_first_names(own, known) for own in _saved_names(state_dict, known)]
+    pairs = zip(state_dict["param_groups"], names)
+    key_of = {name: key for group, own in pairs for name, key in zip(own, group["params"])}
+    if groups is None:
+        groups = state_dict["param_groups"]
+    else:
+        names = [_first_names(own, known) for own in _saved_names({"param_groups": groups, "state": {}}, known)]
     group_of = {name: number for number, own in enumerate(names) for name in own}
     return _Saved(groups, group_of, key_of, dict(state_dict["state"]))
+
+
+def _first_names(names: Iterable[str], known: Sequence[ModelParameter]) -> list[str]:
+    """Names without wrappers; of a tied parameter the first."""
+    first = {name: parameter.name for parameter in known for name in parameter.names}
+    return [first.get(name, name) for name in map(plain_name, names)]
+
+
+def _groups_in_folder(path: Path) -> list[dict[str, Any]]:
+    """The param groups of the first optimizer in a folder of ``torch.distributed.checkpoint``."""
+    # Slow to import, and of no use to most.
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = FileSystemReader(path)
+    metadata = reader.read_metadata()
+    places = {key: place for key, place in (metadata.planner_data or {}).items() if "param_groups" in place}
+    if not places:
+        raise ValueError(f"the checkpoint {str(path)!r} has no optimizer state")
+    start = next(iter(places.values()))
+    start = start[: start.index("param_groups") + 1]
+    found: dict[str, Any] = {}
+    for key, place in places.items():
+        if place[: len(start)] == start:
+            stored = metadata.state_dict_metadata[key]
+            found[key] = torch.empty(stored.size) if isinstance(stored, TensorStorageMetadata) else None
+    load(found, storage_reader=reader)
+    groups: dict[Any, dict[str, Any]] = {}
+    for key, value in found.items():
+        number, *path_in_group = places[key][len(start) :]
+        inner = groups.setdefault(number, {})
+        for part in path_in_group[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[path_in_group[-1]] = value
+    return [groups[number] for number in sorted(groups)]
+
+
+def _groups_in_file(path: Path) -> list[dict[str, Any]]:
+    """The param groups of the first optimizer in a checkpoint of Lightning in one file."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:  # the user's own objects, which were loaded as such a moment ago
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    return list(checkpoint["optimizer_states"][0]["param_groups"])
 
 
 def _saved_names(state_dict: Mapping[str, Any], known: Sequence[ModelParameter]) -> Sequence[Sequence[str]]:
@@ -373,18 +470,6 @@ def _warn_of_the_rest(names: set[str], saved: _Saved) -> None:
 def _named(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return listed(sorted(names)[:_MOST_NAMED]) + more
-
-
-def _keep_groups_whole(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Note each group of sharded parameters as a whole, under a key of its own.
-
-    When ``torch.distributed.checkpoint`` (2.6 and later) loads, it gives today's groups the options of those that held
-    one of their parameters, the last one wins, and forgets which that was. A key that no other group has gets through.
-    """
-    if any(hasattr(parameter, "device_mesh") for group in optimizer.param_groups for parameter in group["params"]):
-        for number, group in enumerate(state_dict["param_groups"]):
-            options = {key: value for key, value in group.items() if key != "params" and not key.startswith(_WHOLE)}
-            group[f"{_WHOLE}{number}"] = options
 
 
 def _carry_scheduler(scheduler: Any, carrier: _Carrier) -> None:

@@ -14,6 +14,8 @@ from helpers import LitBase, LitHparams, Net, digits, run_python, trainer
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed import checkpoint as dist_checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lightning_regdecay import DecayRule, WeightDecayMonitor, build_decay_groups
 from lightning_regdecay.resuming import resume_by_name
@@ -471,6 +473,31 @@ class TestPlainPytorch:
             ValueError, match="is of 2 param groups, today there are 1; load the state of the optimizer first"
         ):
             second.scheduler.load_state_dict(first.checkpoint()[2])
+
+    def test_torch_distributed_checkpoint(self, tmp_path):
+        whole = Run(TWO_GROUPS).train(8)
+        first = Run(TWO_GROUPS).train(4)
+        dist_checkpoint.save({"optim": get_optimizer_state_dict(first.net, first.optimizer)}, checkpoint_id=tmp_path)
+        second = Run(SAME_IN_OTHER_GROUPS, checkpoint=tmp_path)
+        second.net.load_state_dict(first.net.state_dict())
+        state = {"optim": get_optimizer_state_dict(second.net, second.optimizer)}
+        dist_checkpoint.load(state, checkpoint_id=tmp_path)
+        set_optimizer_state_dict(second.net, second.optimizer, state["optim"])
+        assert_same_weights(second.train(4, first=4).net, whole.net)
+        assert [group["lr"] for group in second.optimizer.param_groups] == [0.01, 0.02, 0.01, 0.02]
+        # What is saved from now on has the groups of today.
+        assert len(get_optimizer_state_dict(second.net, second.optimizer)["param_groups"]) == 4
+
+    def test_torch_distributed_checkpoint_without_a_parameter(self, tmp_path):
+        first = Run(TWO_GROUPS)
+        first.net.head.requires_grad_(False)
+        groups = build_decay_groups(first.net, {"*": 0.1})
+        first.optimizer = OPTIMIZERS["AdamW"]([group.as_param_group() for group in groups])
+        first.train(1)
+        dist_checkpoint.save({"optim": get_optimizer_state_dict(first.net, first.optimizer)}, checkpoint_id=tmp_path)
+        second = Run({"*": 0.1}, checkpoint=tmp_path)
+        with pytest.raises(ValueError, match=r"the checkpoint has no optimizer state of 'head\.bias', 'head\.weight'"):
+            get_optimizer_state_dict(second.net, second.optimizer)
 
     def test_fabric(self, tmp_path):
         fabric = Fabric(accelerator="cpu", devices=1)
