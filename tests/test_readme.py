@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import doctest
 import json
+import logging
 import re
 import runpy
 from pathlib import Path
 
 import pytest
 from helpers import FSDP2_RUNS_ON_CPU, run_python
+from lightning_utilities.core import rank_zero
 
 import lightning_regdecay
 
@@ -21,6 +23,17 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
+class Log(logging.Handler):
+    """Keeps what is logged for the user."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
 @pytest.fixture(scope="module")
 def namespace(tmp_path_factory):
     """What the Python blocks of the README define, run in order as one program."""
@@ -29,9 +42,12 @@ def namespace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("readme"))
         names: dict[str, object] = {}
+        log = Log()
+        rank_zero.log.addHandler(log)  # where Lightning logs what is for the user
         for block in blocks("python"):
             exec(block, names)
-        return names
+        rank_zero.log.removeHandler(log)
+        return {**names, "log": log.lines}
 
 
 def test_the_python_blocks_run(namespace):
@@ -59,10 +75,23 @@ def test_the_sessions_show_what_really_happens(namespace):
 def test_the_yaml_is_rules(namespace):
     import yaml
 
-    (text,) = blocks("yaml")
-    rules = yaml.safe_load(text)["decay_rules"]
-    groups = lightning_regdecay.build_decay_groups(namespace["LitModel"](), rules)
-    assert [group.name for group in groups] == ["no_decay", "head", "rest"]
+    all_rules = [config["decay_rules"] for config in map(yaml.safe_load, blocks("yaml")) if "decay_rules" in config]
+    model = namespace["LitModel"]()
+    groups = [[group.name for group in lightning_regdecay.build_decay_groups(model, rules)] for rules in all_rules]
+    assert groups[:2] == [["no_decay", "head", "rest"], ["bias", "head", "rest"]]
+
+
+def test_resumed_runs_log_what_is_shown(namespace):
+    shown = [line for text in blocks("text") if "(checkpoint)" in text for line in text.splitlines()]
+    assert len(shown) == 4
+    assert [line for line in namespace["log"] if line in shown] == shown
+
+
+def test_the_schedule_goes_where_it_should(namespace):
+    strengths = namespace["strengths"]
+    assert strengths[0] == 0.04
+    assert strengths[50] == pytest.approx(0.22)
+    assert 0.399 < strengths[-1] < 0.4
 
 
 def test_every_public_name_has_its_section():
