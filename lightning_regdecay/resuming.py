@@ -6,7 +6,7 @@ import itertools
 import pickle
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -93,8 +93,8 @@ def carry_over_by_name(
     carrier = _Carrier(model, weight_decay, checkpoint, steps_done)
     optimizer.register_load_state_dict_pre_hook(carrier.before_loading)
     optimizer.register_state_dict_post_hook(carrier.after_saving)
-    if lr_scheduler is not None:
-        _carry_scheduler(lr_scheduler, carrier)
+    if hasattr(lr_scheduler, "load_state_dict"):
+        _carry_scheduler(lr_scheduler, optimizer, carrier)
 
 
 class _Saved(NamedTuple):
@@ -132,18 +132,19 @@ class _Carrier:
     def before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state that torch can load: with the param groups of today, each with its own parameters."""
         known = self._known()
-        saved = _read(state_dict, self._groups_beside(), known)
+        names = _names_of(optimizer, known)
+        saved = _read(state_dict, self._groups_beside(names, known), known)
         _check_same_optimizer(optimizer, saved.groups)
-        names = [_names_of(group, known) for group in optimizer.param_groups]
-        sources = [self._source(group, own, saved) for group, own in zip(optimizer.param_groups, names)]
+        sources = [self._sources(group, own, saved) for group, own in zip(optimizer.param_groups, names)]
         steps = _steps_in(saved) or self._steps_done()
 
         remarks: list[str] = []
         groups = []
         numbers = itertools.count()
-        state = {key: value for key, value in saved.state.items() if key not in set(saved.key_of.values())}
-        for group, own, source in zip(optimizer.param_groups, names, sources):
-            before = None if source is None else saved.groups[source]
+        of_parameters = set(saved.key_of.values())
+        state = {key: value for key, value in saved.state.items() if key not in of_parameters}
+        for group, own, numbers_before in zip(optimizer.param_groups, names, sources):
+            before = [saved.groups[number] for number in numbers_before]
             groups.append({**self._options(group, before, saved, steps, remarks), "params": []})
             for name, parameter, number in zip(own, group["params"], numbers):
                 groups[-1]["params"].append(number)
@@ -151,7 +152,8 @@ class _Carrier:
                 if key in saved.state:
                     state[number] = _checked_state(name, parameter, saved.state[key])
 
-        self.sources, self.saved_count = sources, len(saved.groups)
+        self.sources = [own[0] if own else None for own in sources]
+        self.saved_count = len(saved.groups)
         self._checkpoint = lambda: None  # what is saved from now on is this run
         for remark in remarks:
             rank_zero_info(remark)
@@ -161,59 +163,61 @@ class _Carrier:
     def after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Show the parameters in the groups of the checkpoint, while ``torch.distributed.checkpoint`` is loading it.
 
-        It (2.6 and later) loads what the state of today has places for: without this, it
-        would pass over groups that are no more, and fail for those that are new.
+        It (2.6 and later) loads what the state of today has places for: else it would pass over groups that are
+        no more, and fail for those that are new.
         """
-        groups = self._groups_beside()
+        known = self._known()
+        names = _names_of(optimizer, known)
+        groups = self._groups_beside(names, known)
         if groups is None or not isinstance(groups[0]["params"][0], str):
             return
-        known = self._known()
-        names = [name for group in optimizer.param_groups for name in _names_of(group, known)]
-        numbers = {name: number for number, name in enumerate(names)}
-        saved = {name for group in groups for name in _first_names(group["params"], known)}
-        missing = [name for name in names if name not in saved]
-        if missing:
+        places = {name: number for number, name in enumerate(name for own in names for name in own)}
+        for group, own in zip(groups, _first_names([group["params"] for group in groups], known)):
+            group["params"] = [places.pop(name) for name in own if name in places]
+        if places:
             raise ValueError(
-                f"the checkpoint has no optimizer state of {_named(missing)} (new, or frozen when it was saved). "
+                f"the checkpoint has no optimizer state of {_named(places)} (new, or frozen when it was saved). "
                 "torch.distributed.checkpoint restores all parameters or none: train the same ones, or start the run "
                 "from the weights alone"
             )
-        for group in groups:
-            own = [numbers[name] for name in _first_names(group["params"], known) if name in numbers]
-            group["params"] = own
         state_dict["param_groups"] = groups
 
     def _known(self) -> list[ModelParameter]:
         model = self._model()
         return [] if model is None else model_parameters(model)
 
-    def _groups_beside(self) -> list[dict[str, Any]] | None:
+    def _groups_beside(
+        self, names: Sequence[Sequence[str]], known: Sequence[ModelParameter]
+    ) -> list[dict[str, Any]] | None:
         """The param groups of the checkpoint, where ``torch.distributed.checkpoint`` is loading it.
 
-        It does not hand them over: it gives today's groups the options of those that held
-        one of their parameters, the last one wins.
+        It does not hand them over: it gives today's groups the options of those that held one of their parameters, the
+        last one wins.
         """
         path = self._checkpoint()
         if path is None:
             return None
-        return _groups_in_folder(Path(path)) if Path(path).is_dir() else _groups_in_file(Path(path))
+        optimizers = _groups_in_folder(Path(path)) if Path(path).is_dir() else _groups_in_file(Path(path))
+        own = {name for group in names for name in group}
 
-    def _source(self, group: Mapping[str, Any], names: Sequence[str], saved: _Saved) -> int | None:
-        """The number of the group in the checkpoint that a param group goes on from.
+        def shared(groups: list[dict[str, Any]]) -> int:
+            saved = _first_names(_saved_names({"param_groups": groups, "state": {}}, known), known)
+            return sum(name in own for group in saved for name in group)
+
+        return optimizers[0] if len(optimizers) == 1 else max(optimizers, key=shared)
+
+    def _sources(self, group: Mapping[str, Any], names: Sequence[str], saved: _Saved) -> list[int]:
+        """The numbers of the groups in the checkpoint that a param group goes on from.
 
         Raises:
-            ValueError: where its parameters were in groups with different options, of which it can have only one.
+            ValueError: where they have different options, of which it can have only one.
         """
         found: dict[int, str] = {}
         for name in names:
             if name in saved.group_of:
                 found.setdefault(saved.group_of[name], name)
-        if not found:
-            return None
-        first, *others = found
-        one = saved.groups[first]
-        for number in others:
-            other = saved.groups[number]
+        for first, number in zip(list(found)[:1] * len(found), found):
+            one, other = saved.groups[first], saved.groups[number]
             for key in sorted((one.keys() | other.keys()) - self._todays):
                 if not _same(one.get(key), other.get(key)):
                     raise ValueError(
@@ -221,27 +225,28 @@ class _Carrier:
                         f"{one.get(key)!r} of {found[first]!r} and {other.get(key)!r} of {found[number]!r}; a param "
                         "group has one of each option, so keep them apart with a rule for each"
                     )
-        return first
+        return list(found)
 
     def _options(
-        self, group: Mapping[str, Any], before: dict[str, Any] | None, saved: _Saved, steps: int, remarks: list[str]
+        self, group: Mapping[str, Any], before: list[dict[str, Any]], saved: _Saved, steps: int, remarks: list[str]
     ) -> dict[str, Any]:
         """The options with which a param group goes on: those of the checkpoint, but for what is today's."""
         today = {key: value for key, value in group.items() if key != "params"}
         if STEP_KEY in today:
             today[STEP_KEY] = steps
-        if before is None:
+        if not before:
             return {**today, **_lr_of_a_new_group(group, saved.groups)}
-        options = {**today, **{key: value for key, value in before.items() if key not in self._todays}}
+        options = {**today, **{key: value for key, value in before[0].items() if key not in self._todays}}
         if "weight_decay" not in self._todays:
-            options = {key: value for key, value in options.items() if key not in STRENGTH_KEYS or key in before}
+            options = {key: value for key, value in options.items() if key not in STRENGTH_KEYS or key in before[0]}
         label = f"group {group.get('name', '')!r}"
-        was, rules, goes_on = map(strength_text, (before, today, options))
+        was = " and ".join(dict.fromkeys(map(strength_text, before)))
+        rules, goes_on = strength_text(today), strength_text(options)
         if was != goes_on:
             remarks.append(f"weight decay of {label}: {was} (checkpoint) → {goes_on} (rules)")
         elif rules != goes_on:
             remarks.append(f"weight decay of {label}: {goes_on} (checkpoint) goes on, the rules say {rules}")
-        lr, configured = (float(g.get("initial_lr", g.get("lr", 0.0))) for g in (before, today))
+        lr, configured = (float(g.get("initial_lr", g.get("lr", 0.0))) for g in (before[0], today))
         if lr != configured:
             remarks.append(f"lr of {label}: {lr:g} (checkpoint) goes on, {configured:g} is configured")
         return options
@@ -251,25 +256,25 @@ def _read(
     state_dict: Mapping[str, Any], groups: list[dict[str, Any]] | None, known: Sequence[ModelParameter]
 ) -> _Saved:
     """A state of an optimizer by parameter name; with its groups, where the state has them no more."""
-    names = [_first_names(own, known) for own in _saved_names(state_dict, known)]
+    names = _first_names(_saved_names(state_dict, known), known)
     pairs = zip(state_dict["param_groups"], names)
     key_of = {name: key for group, own in pairs for name, key in zip(own, group["params"])}
     if groups is None:
         groups = state_dict["param_groups"]
     else:
-        names = [_first_names(own, known) for own in _saved_names({"param_groups": groups, "state": {}}, known)]
+        names = _first_names(_saved_names({"param_groups": groups, "state": {}}, known), known)
     group_of = {name: number for number, own in enumerate(names) for name in own}
     return _Saved(groups, group_of, key_of, dict(state_dict["state"]))
 
 
-def _first_names(names: Iterable[str], known: Sequence[ModelParameter]) -> list[str]:
-    """Names without wrappers; of a tied parameter the first."""
+def _first_names(names: Iterable[Iterable[str]], known: Sequence[ModelParameter]) -> list[list[str]]:
+    """The names of the parameters of each group without wrappers; of a tied parameter the first."""
     first = {name: parameter.name for parameter in known for name in parameter.names}
-    return [first.get(name, name) for name in map(plain_name, names)]
+    return [[first.get(name, name) for name in map(plain_name, own)] for own in names]
 
 
-def _groups_in_folder(path: Path) -> list[dict[str, Any]]:
-    """The param groups of the first optimizer in a folder of ``torch.distributed.checkpoint``."""
+def _groups_in_folder(path: Path) -> list[list[dict[str, Any]]]:
+    """The param groups of each optimizer in a folder of ``torch.distributed.checkpoint``."""
     # Slow to import, and of no use to most.
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -280,31 +285,29 @@ def _groups_in_folder(path: Path) -> list[dict[str, Any]]:
     places = {key: place for key, place in (metadata.planner_data or {}).items() if "param_groups" in place}
     if not places:
         raise ValueError(f"the checkpoint {str(path)!r} has no optimizer state")
-    start = next(iter(places.values()))
-    start = start[: start.index("param_groups") + 1]
     found: dict[str, Any] = {}
-    for key, place in places.items():
-        if place[: len(start)] == start:
-            stored = metadata.state_dict_metadata[key]
-            found[key] = torch.empty(stored.size) if isinstance(stored, TensorStorageMetadata) else None
+    for key in places:
+        stored = metadata.state_dict_metadata[key]
+        found[key] = torch.empty(stored.size) if isinstance(stored, TensorStorageMetadata) else None
     load(found, storage_reader=reader)
-    groups: dict[Any, dict[str, Any]] = {}
-    for key, value in found.items():
-        number, *path_in_group = places[key][len(start) :]
-        inner = groups.setdefault(number, {})
-        for part in path_in_group[:-1]:
+    # Such as ("optimizer_0", "param_groups", 2, "decay_schedule", "start") in nested dictionaries.
+    tree: dict[Any, Any] = {}
+    for key, place in places.items():
+        inner = tree
+        cut = place.index("param_groups")
+        for part in (place[:cut], *place[cut + 1 : -1]):
             inner = inner.setdefault(part, {})
-        inner[path_in_group[-1]] = value
-    return [groups[number] for number in sorted(groups)]
+        inner[place[-1]] = found[key]
+    return [[groups[number] for number in sorted(groups)] for groups in tree.values()]
 
 
-def _groups_in_file(path: Path) -> list[dict[str, Any]]:
-    """The param groups of the first optimizer in a checkpoint of Lightning in one file."""
+def _groups_in_file(path: Path) -> list[list[dict[str, Any]]]:
+    """The param groups of each optimizer in a checkpoint of Lightning in one file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:  # the user's own objects, which were loaded as such a moment ago
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    return list(checkpoint["optimizer_states"][0]["param_groups"])
+    return [state["param_groups"] for state in checkpoint["optimizer_states"]]
 
 
 def _saved_names(state_dict: Mapping[str, Any], known: Sequence[ModelParameter]) -> Sequence[Sequence[str]]:
@@ -420,11 +423,14 @@ def _check_same_optimizer(optimizer: Optimizer, saved_groups: Sequence[Mapping[s
             )
 
 
-def _names_of(group: Mapping[str, Any], known: Sequence[ModelParameter]) -> list[str]:
-    """The names of the parameters of a param group of today."""
-    names = {parameter.parameter: parameter.name for parameter in known}
-    own = group.get("param_names") or [""] * len(group["params"])
-    return [names.get(parameter, name) for parameter, name in zip(group["params"], own)]
+def _names_of(optimizer: Optimizer, known: Sequence[ModelParameter]) -> list[list[str]]:
+    """The names of the parameters of each param group of today."""
+    known_names = {parameter.parameter: parameter.name for parameter in known}
+    names = []
+    for group in optimizer.param_groups:
+        own = group.get("param_names") or [""] * len(group["params"])
+        names.append([known_names.get(parameter, name) for parameter, name in zip(group["params"], own)])
+    return names
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -467,17 +473,17 @@ def _warn_of_the_rest(names: set[str], saved: _Saved) -> None:
         )
 
 
-def _named(names: Sequence[str]) -> str:
+def _named(names: Collection[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return listed(sorted(names)[:_MOST_NAMED]) + more
 
 
-def _carry_scheduler(scheduler: Any, carrier: _Carrier) -> None:
+def _carry_scheduler(scheduler: Any, optimizer: Optimizer, carrier: _Carrier) -> None:
     """Let the state of an lr scheduler, whose lists have an entry per param group, follow the groups."""
     load, save = scheduler.load_state_dict, scheduler.state_dict
 
     def load_state_dict(state_dict: dict[str, Any]) -> None:
-        load(_regrouped(scheduler, state_dict, carrier))
+        load(_regrouped(scheduler, state_dict, optimizer.param_groups, carrier))
 
     def state_dict() -> dict[str, Any]:
         # torch's schedulers save every attribute, and so these two.
@@ -486,13 +492,15 @@ def _carry_scheduler(scheduler: Any, carrier: _Carrier) -> None:
     scheduler.load_state_dict, scheduler.state_dict = load_state_dict, state_dict
 
 
-def _regrouped(scheduler: Any, state_dict: Mapping[str, Any], carrier: _Carrier) -> dict[str, Any]:
+def _regrouped(
+    scheduler: Any, state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], carrier: _Carrier
+) -> dict[str, Any]:
     """The state of an lr scheduler with its lists in the order of today's param groups."""
-    groups = scheduler.optimizer.param_groups
     regrouped = dict(state_dict)
     for key, value in state_dict.items():
         if key == "_schedulers":  # of SequentialLR and ChainedScheduler
-            regrouped[key] = [_regrouped(inner, state, carrier) for inner, state in zip(scheduler._schedulers, value)]
+            inner = zip(scheduler._schedulers, value)
+            regrouped[key] = [_regrouped(scheduler, state, groups, carrier) for scheduler, state in inner]
         elif isinstance(value, (list, tuple)) and _PER_GROUP.search(key):
             if carrier.sources is None:
                 if len(value) != len(groups):

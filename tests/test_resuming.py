@@ -306,6 +306,11 @@ class TestOtherStrengths:
         assert [group["weight_decay"] for group in second.optimizer.param_groups] == [0.0, 0.5]
         assert log() == ["weight decay of group 'rest': 0.1 (checkpoint) → 0.5 (rules)"]
 
+    def test_a_group_that_joins_several(self, log):
+        first = Run({"*.bias": 0.0, "head.*": 0.2, "*": 0.1}).train(2)
+        Run({"*": 0.5}).load(first.checkpoint())
+        assert log() == ["weight decay of group 'rest': 0.1 and 0 and 0.2 (checkpoint) → 0.5 (rules)"]
+
     def test_or_the_checkpoints_on_request(self, log):
         first = Run({"*.bias": 0.0, "*": 0.1}).train(2)
         second = Run({"head.*": 0.5, "*.bias": 0.0, "*": 0.5}, weight_decay="checkpoint")
@@ -559,7 +564,7 @@ class TestLightning:
         rules = {"head.*": 0.5, "*.bias": 0.0, "*": 0.1}
         _, monitor = self.fit(tmp_path / "second", rules, 2, ckpt_path=tmp_path / "epoch=0.ckpt")
         assert monitor.history[-1]["decay/head/weight_decay"] == 0.5
-        assert "weight decay of group 'head': 0.1 (checkpoint) → 0.5 (rules)" in log()
+        assert "weight decay of group 'head': 0.1 and 0 (checkpoint) → 0.5 (rules)" in log()
         path = tmp_path / "epoch=0.ckpt"
         _, kept = self.fit(tmp_path / "3", {"*.bias": 0.0, "*": 0.5}, 2, ckpt_path=path, decay_resume="checkpoint")
         assert kept.history[-1]["decay/rest/weight_decay"] == 0.1
