@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_regdecay.groups import DecayGroup, DecayGroups, build_decay_groups
@@ -69,6 +71,11 @@ class WeightDecayMixin(_Base):
                 f"WeightDecayMixin must come before LightningModule in the bases of {cls.__name__}: "
                 f"class {cls.__name__}(WeightDecayMixin, ...)"
             )
+        trainer = getattr(cls, "trainer", None)
+        if isinstance(trainer, property) and not any(
+            issubclass(base, WeightDecayMixin) and hasattr(base, "trainer") for base in cls.__mro__[1:]
+        ):
+            cls.trainer = trainer.setter(_checking_replaced_configuration(trainer))  # type: ignore[assignment,method-assign]
 
     @property
     def decay_groups(self) -> DecayGroups:
@@ -318,7 +325,7 @@ class WeightDecayMixin(_Base):
         """Tell a user whose base class has optimizers of its own that these are not the ones in use."""
         bases = type(self).__mro__[type(self).__mro__.index(WeightDecayMixin) + 1 :]
         base = next((base for base in bases if "configure_optimizers" in vars(base)), None)
-        chosen = type(self).build_optimizer is not WeightDecayMixin.build_optimizer
+        chosen = getattr(self.build_optimizer, "__func__", None) is not WeightDecayMixin.build_optimizer
         if base is None or base.__name__ == "LightningModule":
             return
         if not chosen and getattr(self, "optimizer", None) is None:
@@ -343,6 +350,49 @@ def _run_length(trainer: Any) -> dict[str, float]:
     steps_per_epoch = batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
     lengths = {"total_steps": trainer.estimated_stepping_batches, "steps_per_epoch": steps_per_epoch}
     return {name: length for name, length in lengths.items() if 0 < length < math.inf}
+
+
+def _checking_replaced_configuration(trainer: property) -> Callable[[Any, Any], None]:
+    """A setter for the property ``trainer``, which Lightning sets before it asks for optimizers.
+
+    LightningCLI (2.5 and later) replaces ``configure_optimizers`` on the instance, where no method of a class sees it.
+    """
+
+    def attach(module: Any, value: Any) -> None:
+        trainer.__set__(module, value)
+        replaced = vars(module).get("configure_optimizers")
+        if replaced is not None and getattr(replaced, "func", None) is not _configure_over_decay_groups:
+            # A partial, which Lightning sees through, and which is copied with the module.
+            module.configure_optimizers = functools.partial(
+                _configure_over_decay_groups, replaced, type(module).__name__
+            )
+
+    return attach
+
+
+def _configure_over_decay_groups(configure_optimizers: Callable[[], Any], name: str) -> Any:
+    """Call what has replaced ``configure_optimizers`` on an instance, and refuse what drops the decay rules."""
+    config = configure_optimizers()
+    for optimizer in _optimizers_in(config):
+        if not all({"name", "param_names"} <= group.keys() for group in optimizer.param_groups):
+            raise MisconfigurationException(
+                f"the decay rules of {name} are not in force: its configure_optimizers was replaced by one that builds "
+                f"{type(optimizer).__name__} over other param groups. LightningCLI does so where it is given "
+                "--optimizer: use WeightDecayCLI of lightning_regdecay.cli instead, or give the model an argument "
+                "`optimizer: OptimizerCallable`, set self.optimizer to it, and choose with --model.optimizer"
+            )
+    return config
+
+
+def _optimizers_in(config: Any) -> Iterator[Any]:
+    """The optimizers in any of the forms that ``configure_optimizers`` may return."""
+    if isinstance(config, Mapping):
+        yield from _optimizers_in(config.get("optimizer"))
+    elif isinstance(config, (list, tuple)):
+        for entry in config:
+            yield from _optimizers_in(entry)
+    elif hasattr(config, "param_groups"):
+        yield config
 
 
 def _without_multiple(group: DecayGroup) -> dict[str, Any]:

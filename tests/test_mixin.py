@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import pickle
 import re
 import subprocess
 import sys
 import warnings
 
+import lightning as L
 import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
 from helpers import RULES, LitBase, LitHparams, LitRules, Net, digits_loader, float64_norm, members, trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
@@ -403,6 +406,82 @@ class TestTraining:
         straight = LitRules()
         trainer(max_epochs=2).fit(straight)
         assert all(map(torch.equal, again.lightning_module.parameters(), straight.parameters()))
+
+
+class TestReplacedOnTheInstance:
+    """As LightningCLI replaces ``configure_optimizers``, for one."""
+
+    FORMS = [
+        lambda optimizer: optimizer,
+        lambda optimizer: [optimizer],
+        lambda optimizer: ([optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer)]),
+        lambda optimizer: {"optimizer": optimizer},
+        lambda optimizer: ({"optimizer": optimizer},),
+    ]
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_an_optimizer_over_other_groups_is_an_error_before_the_first_step(self, form):
+        model = LitRules()
+        before = [p.clone() for p in model.parameters()]
+        model.configure_optimizers = lambda: form(torch.optim.SGD(model.parameters(), lr=0.1))
+        with pytest.raises(MisconfigurationException, match=r"LitRules are not in force.* builds SGD over other"):
+            trainer().fit(model)
+        assert all(map(torch.equal, before, model.parameters()))
+
+    def test_names_of_parameters_alone_do_not_make_decay_groups(self):
+        model = LitRules()
+        model.configure_optimizers = lambda: torch.optim.SGD(model.named_parameters(), lr=0.1)
+        with pytest.raises(MisconfigurationException, match="not in force"):
+            trainer().fit(model)
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_an_optimizer_over_the_decay_groups_is_welcome(self, form):
+        model = LitRules()
+        model.configure_optimizers = lambda: form(LitRules.configure_optimizers(model))
+        run = trainer()
+        run.fit(model)
+        run.fit_loop.max_epochs = 2
+        run.fit(model)
+        assert strengths(run.optimizers[0]) == {"bias": 0.0, "norm": 0.01, "head": 1e-3, "rest": 0.05}
+
+    def test_evaluation_needs_no_optimizer(self):
+        model = LitRules()
+        model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer().validate(model, digits_loader(), verbose=False)
+
+    def test_in_a_module_of_pytorch_lightning(self):
+        class Lit(WeightDecayMixin, pl.LightningModule):
+            decay_rules = {"*": 0.1}
+
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(64, 10)
+
+            def training_step(self, batch, batch_idx):
+                return nn.functional.cross_entropy(self.fc(batch[0]), batch[1])
+
+        model = Lit()
+        model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.1)
+        run = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+        with pytest.raises(MisconfigurationException, match="not in force"):
+            run.fit(model, digits_loader())
+
+    def test_a_copy_of_the_module_has_one_of_its_own(self):
+        model = LitRules()
+        model.configure_optimizers = functools.partial(LitRules.configure_optimizers, model)
+        trainer().fit(model)
+        copied = copy.deepcopy(model)
+        optimizer = copied.configure_optimizers()
+        assert {p for group in optimizer.param_groups for p in group["params"]} == set(copied.parameters())
+
+    def test_reading_the_trainer_is_lightnings_own_way(self):
+        class Sub(LitRules):
+            pass
+
+        assert Sub.trainer.fget is LitRules.trainer.fget is L.LightningModule.trainer.fget
+        assert Sub.trainer.fset is LitRules.trainer.fset
+        with pytest.raises(RuntimeError, match="Sub is not attached to a `Trainer`"):
+            _ = Sub().trainer
 
 
 class TestStoredHyperparameters:
