@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import json
 import logging
 import re
 import runpy
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +58,8 @@ def test_the_python_blocks_run(namespace):
     assert namespace["monitor"].history
     config = namespace["LitSGD"]().configure_optimizers()
     assert config["lr_scheduler"]["interval"] == "step"
+    optimizer = namespace["LitChoice"]().configure_optimizers()
+    assert [group["name"] for group in optimizer.param_groups] == ["bias", "norm", "head", "rest"]
 
 
 def test_the_printed_table_is_the_real_one(namespace):
@@ -92,6 +98,27 @@ def test_the_schedule_goes_where_it_should(namespace):
     assert strengths[0] == 0.04
     assert strengths[50] == pytest.approx(0.22)
     assert 0.399 < strengths[-1] < 0.4
+
+
+def test_the_command_line(tmp_path):
+    # The program, its configuration and its commands go by py, yml and sh; the blocks above are run in other ways.
+    (program,), (config,), (commands,) = blocks("py"), blocks("yml"), blocks("sh")
+    (tmp_path / "train.py").write_text(program)
+    (tmp_path / "config.yaml").write_text(config)
+    groups, *fits = commands.splitlines()
+    run = functools.partial(subprocess.run, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    done = run(groups.replace("python", shlex.quote(sys.executable), 1))
+    assert done.stdout in blocks("text"), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "train.py"]
+
+    assert len(fits) == 2
+    for fit in fits:
+        done = run(fit.replace("python", shlex.quote(sys.executable), 1) + " --trainer.accelerator cpu")
+        assert done.returncode == 0, done.stderr
+    changed, unchanged = ((tmp_path / f"lightning_logs/version_{i}/config.yaml").read_text() for i in range(2))
+    assert "head.*: 0.01\n" in changed
+    assert "class_path: torch.optim.SGD\n" in unchanged
 
 
 def test_every_public_name_has_its_section():
