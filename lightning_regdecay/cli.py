@@ -20,7 +20,7 @@ except ModuleNotFoundError:  # which LightningArgumentParser says, with the comm
     ActionTypeHint = object  # type: ignore[assignment,misc]
 
 from lightning_regdecay.mixin import WeightDecayMixin
-from lightning_regdecay.rules import DecayRule, parse_rules, plain_rules
+from lightning_regdecay.rules import DecayRule, is_schedule, parse_rules, plain_rules
 
 _GROUPS = "groups"
 _ARGUMENT = "decay_rules"
@@ -321,6 +321,8 @@ def _override_rule(rules: Any, key: str, value: Any) -> dict[str, Any]:
     rules = rules or {}
     name, path = _split_key(key, rules)
     before = rules.get(name)
+    if is_schedule(before) and (not path or _is_field(path)):
+        before = {"weight_decay": before} if path else None  # a strength like a number
     if path or (isinstance(before, Mapping) and not isinstance(value, Mapping)):
         if not isinstance(before, Mapping):
             before = {} if before is None else {"weight_decay": before}

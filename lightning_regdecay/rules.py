@@ -204,7 +204,7 @@ def rules_by_group(rules: Mapping[str, Any]) -> dict[str, Any]:
     """
     named: dict[str, Any] = {}
     for key, value in rules.items():
-        is_rule = isinstance(value, Mapping) and not _is_schedule(value)
+        is_rule = isinstance(value, Mapping) and not is_schedule(value)
         given = value if is_rule else {"weight_decay": value}
         named[unique_name(name_of_pattern(key), named)] = given if _has_selector(given) else {"params": key, **given}
     return named
@@ -255,7 +255,7 @@ def _from_item(key: Any, value: Any) -> tuple[str, DecayRule]:
     """The group's name, unless the rule gives one itself, and the rule of one item of a mapping."""
     if not isinstance(key, str):
         raise TypeError(f"decay rules map patterns or names (text) to rules, got the key {key!r}; write {str(key)!r}")
-    if not isinstance(value, (DecayRule, Mapping)) or _is_schedule(value):  # {pattern: λ}
+    if not isinstance(value, (DecayRule, Mapping)) or is_schedule(value):  # {pattern: λ}
         value = {"weight_decay": value, "params": key} if value is not None else {}
     label = f"decay rule {key!r}"
     rule = _rule(label, value)
@@ -322,7 +322,7 @@ def _field_names(kind: type[DecayRule] | type[DecaySchedule]) -> list[str]:
     return [f.name for f in fields(kind)]
 
 
-def _is_schedule(value: Any) -> bool:
+def is_schedule(value: Any) -> bool:
     """Whether a mapping holds the fields of a schedule, not those of a rule."""
     return isinstance(value, Mapping) and "schedule" in value
 
@@ -333,7 +333,7 @@ def _strength(value: Any) -> float | DecaySchedule | None:
     if not isinstance(value, Mapping):
         return nonnegative_number("weight_decay", value)
     known = _field_names(DecaySchedule)
-    if not _is_schedule(value):
+    if not is_schedule(value):
         raise TypeError(
             f"weight_decay must be a number or a schedule, such as {{schedule: cosine, start: 0.04, end: 0.4}}, got "
             f"{dict(value)!r}"

@@ -113,6 +113,30 @@ class TestRulesAsAnArgument:
         assert "error: model.decay_rules: " in error
         assert message in error
 
+    @pytest.mark.parametrize(
+        ("override", "rule"),
+        [
+            ("head.*.end=0.2", {"schedule": "linear", "start": 0.1, "end": 0.2}),
+            ("head.*.epochs=5", {"schedule": "linear", "start": 0.1, "end": 0, "epochs": 5}),
+            ("head.*=1e-2", 0.01),
+            ("head.*={schedule: follow_lr, start: 0.1}", {"schedule": "follow_lr", "start": 0.1}),
+            ("head.*.min_ndim=2", {"weight_decay": {"schedule": "linear", "start": 0.1, "end": 0}, "min_ndim": 2}),
+            ("*.weight_decay.end=1", {"params": "*", "weight_decay": {"schedule": "linear", "start": 0.1, "end": 1}}),
+        ],
+    )
+    def test_a_schedule_changes_by_field_or_as_a_whole(self, tmp_path, override, rule):
+        linear = {"schedule": "linear", "start": 0.1, "end": 0}
+        rules = {"head.*": linear, "*": {"params": "*", "weight_decay": linear}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"decay_rules": rules}}))
+        args = ["-c", tmp_path / "config.yaml", f"--model.decay_rules.{override}"]
+        model = cli(LitTyped, *args, run=False).model
+        assert model.hparams.decay_rules == {**rules, "*" if override.startswith("*") else "head.*": rule}
+
+    def test_a_schedule_with_a_wrong_field_is_refused_by_name(self, typed, capsys):
+        override = "--model.decay_rules.head.*={schedule: linear, start: 0.1, stop: 0}"
+        error = refused(capsys, LitTyped, "fit", "-c", typed, override)
+        assert "error: model.decay_rules: decay rule 'head.*': unknown field 'stop' of a schedule" in error
+
     def test_also_in_a_file_and_for_any_subclass(self, tmp_path, capsys):
         init_args = {"decay_rules": {"*": {"weight_deacy": 1}}}
         config = {"model": {"class_path": "cli_run.LitTyped", "init_args": init_args}}
