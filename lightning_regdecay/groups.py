@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
@@ -80,6 +80,17 @@ class DecayGroup:
         return {**group, "weight_decay": strength, **self.rule.options}
 
 
+class GroupPlace(NamedTuple):
+    """Where the rules put a parameter."""
+
+    name: str
+    """The name of the parameter."""
+    group: str
+    """The name of its group."""
+    rule: DecayRule | None
+    """The rule of the group, None where no rule takes the parameter."""
+
+
 class DecayGroups(list[DecayGroup]):
     """The groups of a model: a list that prints as a table and explains any one parameter."""
 
@@ -96,6 +107,20 @@ class DecayGroups(list[DecayGroup]):
     def rule_text(self, group: DecayGroup) -> str:
         """The selectors of the rule, or rules, that a group is made of."""
         return " ; ".join(rule.selector_text for rule in self._rules if rule.group == group.name) or "(no rule)"
+
+    def by_parameter(self) -> dict[nn.Parameter, GroupPlace]:
+        """Where the rules put every parameter of the model, frozen ones included."""
+        matchers = [Matcher(rule) for rule in self._rules]
+        rules = {str(rule.group): rule for rule in reversed(self._rules)}
+        default = unique_name("default", rules)
+        groups = {parameter: group.name for group in self for parameter in group.params.values()}
+        places = {}
+        for p in self._parameters:
+            name = groups.get(p.parameter)
+            if name is None:
+                name = next((str(m.rule.group) for m in matchers if m.takes(p)), default)
+            places[p.parameter] = GroupPlace(p.name, name, rules.get(name))
+        return places
 
     def rows(self) -> list[list[str]]:
         """The cells of the table, a row per group and one for all."""
@@ -220,7 +245,10 @@ def _review(
             problems.append(f"{label} {'is wrong in part' if index in used else 'takes nothing'}: {problem}")
         elif index not in used:
             takers = [taker for p, taker in zip(trainable, taken_by) if taker is not None and matcher.takes(p)]
-            if takers:
+            earlier_ones = matchers[:index]
+            frozen = (p for p in parameters if not p.parameter.requires_grad and matcher.takes(p))
+            takes_frozen = any(not any(m.takes(p) for m in earlier_ones) for p in frozen)
+            if takers and not takes_frozen:
                 earlier = ", ".join(f"rule {i + 1} {matchers[i].rule.selector_text!r}" for i in sorted(set(takers)))
                 problems.append(
                     f"{label} takes nothing: the {len(takers)} trainable parameters that it matches are all taken by "

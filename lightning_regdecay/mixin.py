@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_regdecay.groups import DecayGroup, DecayGroups, build_decay_groups
-from lightning_regdecay.names import hint
-from lightning_regdecay.parameters import model_parameters, remember_flattened
-from lightning_regdecay.resuming import WeightDecayFrom, carry_over_by_name
+from lightning_regdecay.optimizers import (
+    NO_WEIGHT_DECAY,
+    check_options,
+    keep_in_force,
+    lr_schedulers_in,
+    multiple,
+    optimizers_in,
+)
+from lightning_regdecay.parameters import remember_flattened
+from lightning_regdecay.resuming import WeightDecayFrom
+from lightning_regdecay.retrofit import configure_by_groups, rule_texts
 from lightning_regdecay.rules import DecayRules, copied_rules, plain_rules, rules_by_group
-from lightning_regdecay.schedules import DecaySchedule, follow_schedules, nonnegative_number
+from lightning_regdecay.schedules import nonnegative_number
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -88,23 +93,28 @@ class WeightDecayMixin(_Base):
     def configure_optimizers(self) -> Any:
         """The optimizer over the decay groups, with the learning rate scheduler where there is one.
 
+        Where a base class configures optimizers itself, these are its optimizers and schedulers, with its param groups
+        cut up by the rules; unless the module has a ``build_optimizer`` of its own.
+
         Returns:
-            The optimizer, or with a scheduler the dictionary ``{"optimizer": …, "lr_scheduler": …}``.
+            The optimizer, or with a scheduler the dictionary ``{"optimizer": …, "lr_scheduler": …}``; of a base class,
+            whatever it returns.
 
         Raises:
             ValueError: for rules that do not fit the model, an optimizer without weight decay, or an option that the
                 optimizer does not have. See :func:`build_decay_groups`.
         """
-        self._warn_of_unused_configuration()
         groups = self._build_decay_groups()
-        optimizer = self._build_checked_optimizer(groups)
-        self._rule_texts = {tuple(group.params): groups.rule_text(group) for group in groups}
-        scheduler = self.build_lr_scheduler(optimizer)
-        self._follow_schedules(groups, optimizer)
-        self._carry_over_by_name(optimizer, scheduler)
-        if scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        theirs = self._configuration_of_a_base()
+        if theirs is not None:
+            config = configure_by_groups(self, groups, theirs, self.decay_resume)
+        else:
+            optimizer = self._build_checked_optimizer(groups)
+            scheduler = self.build_lr_scheduler(optimizer)
+            config = optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
+            keep_in_force(optimizer, list(lr_schedulers_in(config)), self, groups, self.decay_resume)
+        self._rule_texts = rule_texts(groups, config)
+        return config
 
     def build_optimizer(self, param_groups: list[dict[str, Any]]) -> Optimizer:
         """Build the optimizer over the param groups; override it for another than the default.
@@ -229,13 +239,13 @@ class WeightDecayMixin(_Base):
         except ValueError as error:
             # torch's LBFGS (and those modelled on it) takes no groups at all, and says so in these words.
             if "per-parameter options" in str(error):
-                raise ValueError(f"{_NO_WEIGHT_DECAY.format(optimizer='the optimizer')} ({error})") from error
+                raise ValueError(f"{NO_WEIGHT_DECAY.format(optimizer='the optimizer')} ({error})") from error
             raise
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"build_optimizer must return a torch.optim.Optimizer, got {optimizer!r}")
         kind = type(optimizer).__name__
         if "weight_decay" not in optimizer.defaults:
-            raise ValueError(_NO_WEIGHT_DECAY.format(optimizer=kind))
+            raise ValueError(NO_WEIGHT_DECAY.format(optimizer=kind))
         names = [group.name for group in groups]
         if [param_group.get("name") for param_group in optimizer.param_groups] != names:
             raise ValueError(
@@ -243,113 +253,21 @@ class WeightDecayMixin(_Base):
                 "that it is given"
             )
         for group, param_group in zip(groups, optimizer.param_groups):
-            self._finish_param_group(group, param_group, optimizer)
-        self._name_added_groups(optimizer)
+            if group.rule is not None:
+                check_options(group.name, group.rule, optimizer)
+                if group.rule.decay_mult is not None:
+                    own = optimizer.defaults["weight_decay"]
+                    param_group["weight_decay"] = multiple(group.name, group.rule, own, optimizer)
         return optimizer
 
-    def _finish_param_group(self, group: DecayGroup, param_group: dict[str, Any], optimizer: Optimizer) -> None:
-        """Check the options of a group, and apply ``decay_mult`` to the optimizer's own weight decay."""
-        if group.rule is None:
-            return
-        for option in group.rule.options:
-            if option not in optimizer.defaults:
-                raise ValueError(
-                    f"group {group.name!r} has the option {option!r}, which {type(optimizer).__name__} does not know; "
-                    f"{hint(option, optimizer.defaults)}"
-                )
-        if group.rule.decay_mult is not None:
-            own = optimizer.defaults["weight_decay"]
-            if own == 0 and group.rule.decay_mult != 0:
-                rank_zero_warn(
-                    f"group {group.name!r} has decay_mult={group.rule.decay_mult:g}, a factor on the weight decay of "
-                    f"{type(optimizer).__name__}, which is 0: nothing decays; give the optimizer a weight_decay"
-                )
-            param_group["weight_decay"] = group.rule.decay_mult * own
-
-    def _name_added_groups(self, optimizer: Optimizer) -> None:
-        """Let groups without ``param_names`` join the optimizer later, as Lightning's finetuning callbacks add them.
-
-        torch (2.6 and later) refuses them beside groups that have ``param_names``.
-        """
-        add_param_group = optimizer.add_param_group
-
-        def add(param_group: dict[str, Any]) -> None:
-            if "param_names" not in param_group:
-                params = param_group["params"]
-                params = [params] if isinstance(params, torch.Tensor) else list(params)
-                param_group["params"] = params
-                if not any(isinstance(entry, tuple) for entry in params):
-                    names = {p.parameter: p.name for p in model_parameters(self)}
-                    param_group["param_names"] = [names.get(parameter, "") for parameter in params]
-            if "weight_decay" not in param_group:
-                rank_zero_warn(
-                    "a param group was added to the optimizer without a weight_decay: it gets the optimizer's own, "
-                    f"{optimizer.defaults['weight_decay']:g}, as decay rules are applied when the optimizer is built"
-                )
-            add_param_group(param_group)
-
-        optimizer.add_param_group = add  # type: ignore[method-assign]
-
-    def _carry_over_by_name(self, optimizer: Optimizer, scheduler: Any) -> None:
-        """Let the states of a checkpoint find their parameters, also where the groups were others."""
-        reference = weakref.ref(self)
-
-        def trainer() -> Any:
-            return getattr(reference(), "_trainer", None)
-
-        def checkpoint() -> Any:
-            """What the strategy is loading by itself into sharded parameters."""
-            if trainer() is None or trainer().strategy.lightning_restore_optimizer:
-                return None
-            return trainer().ckpt_path if any(hasattr(p, "device_mesh") for p in trainer().model.parameters()) else None
-
-        if isinstance(scheduler, Mapping):
-            scheduler = scheduler.get("scheduler")
-        carry_over_by_name(
-            optimizer,
-            self,
-            scheduler,
-            self.decay_resume,
-            checkpoint,
-            steps_done=lambda: int(trainer().global_step) if trainer() is not None else 0,
-        )
-
-    def _follow_schedules(self, groups: DecayGroups, optimizer: Optimizer) -> None:
-        """Keep the λ of groups with a schedule on it, over the run of the Trainer where there is one."""
-        has_schedules = any(group.rule and isinstance(group.rule.weight_decay, DecaySchedule) for group in groups)
-        if has_schedules or self.decay_resume == "checkpoint":  # which may bring schedules along
-            reference = weakref.ref(self)
-            follow_schedules(optimizer, lambda: _run_length(getattr(reference(), "_trainer", None)))
-
-    def _warn_of_unused_configuration(self) -> None:
-        """Tell a user whose base class has optimizers of its own that these are not the ones in use."""
+    def _configuration_of_a_base(self) -> Callable[[], Any] | None:
+        """The ``configure_optimizers`` of a base class, where that is to be used."""
         bases = type(self).__mro__[type(self).__mro__.index(WeightDecayMixin) + 1 :]
         base = next((base for base in bases if "configure_optimizers" in vars(base)), None)
         chosen = getattr(self.build_optimizer, "__func__", None) is not WeightDecayMixin.build_optimizer
-        if base is None or base.__name__ == "LightningModule":
-            return
-        if not chosen and getattr(self, "optimizer", None) is None:
-            rank_zero_warn(
-                f"{base.__name__}.configure_optimizers is not used: WeightDecayMixin comes before it and builds AdamW "
-                "over the decay groups; override build_optimizer(param_groups) to build another"
-            )
-
-
-_NO_WEIGHT_DECAY = "{optimizer} knows no weight decay, so decay rules cannot work with it; use one such as AdamW or SGD"
-
-
-def _run_length(trainer: Any) -> dict[str, float]:
-    """The optimizer steps of the run and of an epoch, as far as they are known.
-
-    To be called when the training has started: earlier it would make the data loaders, which Lightning (2.6) then does
-    not give the state that they had in the checkpoint.
-    """
-    if trainer is None:  # only Fabric, or the user, knows how long the run will be
-        return {}
-    batches = trainer.num_training_batches
-    steps_per_epoch = batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-    lengths = {"total_steps": trainer.estimated_stepping_batches, "steps_per_epoch": steps_per_epoch}
-    return {name: length for name, length in lengths.items() if 0 < length < math.inf}
+        if base is None or base.__name__ == "LightningModule" or chosen:
+            return None
+        return super().configure_optimizers
 
 
 def _checking_replaced_configuration(trainer: property) -> Callable[[Any, Any], None]:
@@ -373,7 +291,7 @@ def _checking_replaced_configuration(trainer: property) -> Callable[[Any, Any], 
 def _configure_over_decay_groups(configure_optimizers: Callable[[], Any], name: str) -> Any:
     """Call what has replaced ``configure_optimizers`` on an instance, and refuse what drops the decay rules."""
     config = configure_optimizers()
-    for optimizer in _optimizers_in(config):
+    for optimizer in optimizers_in(config):
         if not all({"name", "param_names"} <= group.keys() for group in optimizer.param_groups):
             raise MisconfigurationException(
                 f"the decay rules of {name} are not in force: its configure_optimizers was replaced by one that builds "
@@ -382,17 +300,6 @@ def _configure_over_decay_groups(configure_optimizers: Callable[[], Any], name: 
                 "`optimizer: OptimizerCallable`, set self.optimizer to it, and choose with --model.optimizer"
             )
     return config
-
-
-def _optimizers_in(config: Any) -> Iterator[Any]:
-    """The optimizers in any of the forms that ``configure_optimizers`` may return."""
-    if isinstance(config, Mapping):
-        yield from _optimizers_in(config.get("optimizer"))
-    elif isinstance(config, (list, tuple)):
-        for entry in config:
-            yield from _optimizers_in(entry)
-    elif hasattr(config, "param_groups"):
-        yield config
 
 
 def _without_multiple(group: DecayGroup) -> dict[str, Any]:

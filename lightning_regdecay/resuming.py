@@ -73,28 +73,41 @@ def resume_by_name(
     >>> [group["weight_decay"] for group in today.param_groups]
     [0.0, 0.5]
     """
-    carry_over_by_name(optimizer, model, lr_scheduler, weight_decay, lambda: checkpoint)
+    lr_schedulers = [] if lr_scheduler is None else [lr_scheduler]
+    carry_over_by_name(optimizer, model, lr_schedulers, weight_decay, lambda: checkpoint)
 
 
 def carry_over_by_name(
     optimizer: Optimizer,
     model: nn.Module,
-    lr_scheduler: Any,
+    lr_schedulers: Sequence[Any],
     weight_decay: WeightDecayFrom,
     checkpoint: Callable[[], str | Path | None],
     steps_done: Callable[[], int] = lambda: 0,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
-    """As :func:`resume_by_name`, for a caller that will know the checkpoint, and the steps that the run has done."""
+    """As :func:`resume_by_name`, for a caller that will know more.
+
+    Args:
+        optimizer: as there.
+        model: as there.
+        lr_schedulers: as there, several.
+        weight_decay: as there.
+        checkpoint: tells where the checkpoint lies that is being loaded, where that is needed.
+        steps_done: tells how many optimizer steps the run has done.
+        before: is called when a state is about to be loaded.
+    """
     if weight_decay not in ("rules", "checkpoint"):
         raise ValueError(
             "the weight decay that goes on in a resumed run is that of the 'rules' or of the 'checkpoint', got "
             f"{weight_decay!r}"
         )
-    carrier = _Carrier(model, weight_decay, checkpoint, steps_done)
+    carrier = _Carrier(model, weight_decay, checkpoint, steps_done, before)
     optimizer.register_load_state_dict_pre_hook(carrier.before_loading)
     optimizer.register_state_dict_post_hook(carrier.after_saving)
-    if hasattr(lr_scheduler, "load_state_dict"):
-        _carry_scheduler(lr_scheduler, optimizer, carrier)
+    for scheduler in lr_schedulers:
+        if hasattr(scheduler, "load_state_dict"):
+            _carry_scheduler(scheduler, optimizer, carrier)
 
 
 class _Saved(NamedTuple):
@@ -118,7 +131,9 @@ class _Carrier:
         weight_decay: WeightDecayFrom,
         checkpoint: Callable[[], str | Path | None],
         steps_done: Callable[[], int],
+        before: Callable[[], None],
     ) -> None:
+        self._before = before
         self._model = weakref.ref(model)  # which may hold the optimizer
         self._checkpoint = checkpoint
         self._steps_done = steps_done
@@ -131,6 +146,7 @@ class _Carrier:
 
     def before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state that torch can load: with the param groups of today, each with its own parameters."""
+        self._before()
         known = self._known()
         names = _names_of(optimizer, known)
         saved = _read(state_dict, self._groups_beside(names, known), known)

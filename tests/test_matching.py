@@ -170,6 +170,13 @@ class TestMessages:
         assert any("taken by earlier rules" in text for text in texts)
         assert any("did you mean 'LayerNorm'?" in text for text in texts)
 
+    def test_frozen_parameters_only_also_where_earlier_rules_take_the_trainable_ones(self):
+        net = Net()
+        net.body.requires_grad_(False)
+        with pytest.warns(UserWarning, match=r"rule 3 '\*' takes frozen parameters only"):
+            groups = build_decay_groups(net, {"norm.*": 0.0, "head.*": 0.01, "*": 0.1})
+        assert [group.name for group in groups] == ["norm", "head"]
+
     def test_frozen_parameters_only_is_a_warning_as_finetuning_begins_so(self):
         model = Net()
         model.body.requires_grad_(False)

@@ -9,7 +9,6 @@ import pickle
 import re
 import subprocess
 import sys
-import warnings
 
 import lightning as L
 import pytest
@@ -18,7 +17,7 @@ import torch
 import yaml
 from helpers import RULES, LitBase, LitHparams, LitRules, Net, digits_loader, float64_norm, members, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
@@ -253,25 +252,6 @@ class TestWhereTheOptimizerComesFrom:
         ):
             model.configure_optimizers()
 
-    def test_a_base_class_with_optimizers_of_its_own_is_not_passed_over_in_silence(self):
-        class Theirs(LitBase):
-            def configure_optimizers(self):
-                return torch.optim.SGD(self.parameters(), lr=0.1)
-
-        class Ours(WeightDecayMixin, Theirs):
-            decay_rules = RULES
-
-        with pytest.warns(UserWarning, match="Theirs.configure_optimizers is not used"):
-            Ours().configure_optimizers()
-
-        class Chosen(Ours):
-            def build_optimizer(self, param_groups):
-                return torch.optim.SGD(param_groups, lr=0.1)
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            Chosen().configure_optimizers()
-
 
 class TestTraining:
     @pytest.mark.parametrize(
@@ -344,29 +324,6 @@ class TestTraining:
         callback = LearningRateMonitor()
         trainer(callbacks=[callback], logger=CSVLogger(tmp_path)).fit(LitRules())
         assert set(callback.lrs) == {f"lr-AdamW/{name}" for name in ("bias", "norm", "head", "rest")}
-
-    def test_with_a_finetuning_callback(self):
-        class Lit(LitRules):
-            decay_rules = {"backbone.*": 0.1, "*.bias": 0.0, "*": 0.05}
-
-            def __init__(self):
-                super().__init__()
-                self.backbone = self.body
-
-            def build_optimizer(self, param_groups):
-                return torch.optim.SGD(param_groups, lr=0.1, weight_decay=0.3)
-
-        monitor = WeightDecayMonitor()
-        unfreezing = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
-        run = trainer(max_epochs=3, callbacks=[unfreezing, monitor])
-        with (
-            pytest.warns(UserWarning, match=r"rule 1 'backbone\.\*' takes frozen parameters only"),
-            pytest.warns(UserWarning, match=r"without a weight_decay: it gets the optimizer's own, 0\.3"),
-        ):
-            run.fit(Lit())
-        added = run.optimizers[0].param_groups[-1]
-        assert added["param_names"] == ["body.weight", "body.bias"]
-        assert monitor.history[-1]["decay/2/l2_norm"] == pytest.approx(float64_norm(added["params"]), rel=1e-6)
 
     def test_warnings_come_once(self):
         class Lit(LitRules):
