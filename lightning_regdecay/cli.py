@@ -11,19 +11,29 @@ from typing import Any, NoReturn, cast
 import yaml  # type: ignore[import-untyped]
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, _global_add_class_path, instantiate_class
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    _global_add_class_path,  # no public way (2.5 to 2.6) to name the class of an optimizer that is fixed
+    instantiate_class,
+)
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 try:
     from jsonargparse._typehints import ActionTypeHint
-except ModuleNotFoundError:  # which LightningArgumentParser says, with the command that installs it
+except ModuleNotFoundError as error:  # LightningArgumentParser says so, with the command that installs it
+    if str(error.name).partition(".")[0] != "jsonargparse":
+        raise
     ActionTypeHint = object  # type: ignore[assignment,misc]
 
 from lightning_regdecay.mixin import WeightDecayMixin
-from lightning_regdecay.rules import DecayRule, is_schedule, parse_rules, plain_rules
+from lightning_regdecay.rules import SELECTORS, DecayRule, is_schedule, parse_rules, plain_rules
 
 _GROUPS = "groups"
 _ARGUMENT = "decay_rules"
+_RULE_FIELDS = {field.name for field in fields(DecayRule)}
+# Fields of which one takes the place of the other.
+_INSTEAD = [("weight_decay", "decay_mult"), ("steps", "epochs"), ("delay_steps", "delay_epochs")]
 # Where a configuration holds the arguments of a model: of one class, of any subclass.
 _MODEL_ARGUMENTS = ("model", "model.init_args")
 
@@ -70,6 +80,21 @@ class WeightDecayCLI(LightningCLI):
                 except (TypeError, ValueError) as error:
                     parser.error(f"{path}.{_ARGUMENT}: {error}")
 
+    def _parse_ckpt_path(self) -> None:
+        """As in Lightning, which takes the hyperparameters of a checkpoint; but decay rules that are given hold.
+
+        Lightning (2.6) does so for a checkpoint that is given as a file, in ``parse_arguments``, before anything public
+        is called. So a run that asks for other rules would go on with the old ones, and say nothing.
+        """
+        subcommand = self.config.get("subcommand")
+        config = self.config[subcommand] if subcommand else {}
+        given = {path: config.get(f"{path}.{_ARGUMENT}") for path in _MODEL_ARGUMENTS if config.get(path)}
+        super()._parse_ckpt_path()
+        for path, rules in given.items():
+            key = f"{subcommand}.{path}"
+            if rules is not None and self.config.get(key):
+                self.config[f"{key}.{_ARGUMENT}"] = rules
+
     def instantiate_classes(self) -> None:
         """As in Lightning; for ``groups`` the model alone, so ``self.trainer`` and ``self.datamodule`` are None."""
         if self.subcommand != _GROUPS:
@@ -97,7 +122,7 @@ class WeightDecayCLI(LightningCLI):
         """
         name = type(model).__name__
         if not isinstance(model, WeightDecayMixin):
-            _leave(f"{name} has no decay groups: put WeightDecayMixin before LightningModule in its bases")
+            _exit_with(f"{name} has no decay groups: put WeightDecayMixin before LightningModule in its bases")
         remark = (
             f"{name}.configure_model is not called here, as it may need the Trainer: parameters that it makes are not "
             "known; WeightDecayMonitor prints all groups when the fit starts"
@@ -107,7 +132,8 @@ class WeightDecayCLI(LightningCLI):
             groups = model.decay_groups
             explanation = "" if parameter is None else f"\n{groups.explain(parameter)}\n"
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            _leave(f"{error.args[0]}\n{remark}" if is_deferred else str(error.args[0]))
+            text = str(error.args[0] if error.args else error)  # a KeyError shows its text in quotes
+            _exit_with(f"{text}\n{remark}" if is_deferred else text)
         if is_deferred:
             rank_zero_warn(remark)
         print(groups)
@@ -167,11 +193,12 @@ class WeightDecayCLI(LightningCLI):
 
     def _chosen(self, register: dict[str, Any], keys: list[str]) -> Any:
         """The class and the arguments that the configuration has for an optimizer or a scheduler, or None."""
-        for key in keys:
-            base, _ = register[key]
-            init = self._get(self.config_init, key)
-            return init if isinstance(base, tuple) else _global_add_class_path(base, init)
-        return None
+        if not keys:
+            return None
+        [key] = keys
+        base, _ = register[key]
+        init = self._get(self.config_init, key)
+        return init if isinstance(base, tuple) else _global_add_class_path(base, init)
 
     def _warn_of_what_is_replaced(self, optimizer: Any, lr_scheduler: Any) -> None:
         """Tell a user whose model brings its own optimizer or scheduler that it is not the one in use."""
@@ -292,7 +319,7 @@ def _parsed(rules: Any) -> Any:
         return None
 
 
-def _leave(message: str) -> NoReturn:
+def _exit_with(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -321,11 +348,13 @@ def _override_rule(rules: Any, key: str, value: Any) -> dict[str, Any]:
     rules = rules or {}
     name, path = _split_key(key, rules)
     before = rules.get(name)
-    if is_schedule(before) and (not path or _is_field(path)):
+    if is_schedule(before) and (not path or path[0] in _RULE_FIELDS):
         before = {"weight_decay": before} if path else None  # a strength like a number
     if path or (isinstance(before, Mapping) and not isinstance(value, Mapping)):
         if not isinstance(before, Mapping):
             before = {} if before is None else {"weight_decay": before}
+        if before and path[:1] != ["params"] and path[:1] and path[0] in SELECTORS and SELECTORS.isdisjoint(before):
+            before = {"params": name, **before}  # a key is a pattern only while there is no other selector
         value = _with_field(before, path or ["weight_decay"], value)
     return {**rules, name: value}
 
@@ -345,17 +374,17 @@ def _split_key(key: str, rules: Mapping[str, Any]) -> tuple[str, list[str]]:
 
 
 def _is_field(path: Sequence[str]) -> bool:
-    return path[0] == "options" or (len(path) == 1 and path[0] in {f.name for f in fields(DecayRule)})
+    return path[0] == "options" or (len(path) == 1 and path[0] in _RULE_FIELDS)
 
 
 def _with_field(rule: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """A rule as a mapping, with the field at a path changed; one strength takes the place of the other."""
+    """A rule as a mapping, with the field at a path changed; one strength, or unit, takes the place of the other."""
     name, *rest = path
     if rest:
         before = rule.get(name)
         value = _with_field(before if isinstance(before, Mapping) else {}, rest, value)
-    other = {"weight_decay": "decay_mult", "decay_mult": "weight_decay"}.get(name)
-    return {**{known: old for known, old in rule.items() if known != other}, name: value}
+    others = {other for pair in _INSTEAD if name in pair for other in pair} - {name}
+    return {**{known: old for known, old in rule.items() if known not in others}, name: value}
 
 
 def _read(text: Any) -> Any:

@@ -25,7 +25,7 @@ from lightning_regdecay.parameters import remember_flattened
 from lightning_regdecay.resuming import WeightDecayFrom
 from lightning_regdecay.retrofit import configure_by_groups, rule_texts
 from lightning_regdecay.rules import DecayRules, copied_rules, plain_rules, rules_by_group
-from lightning_regdecay.schedules import nonnegative_number
+from lightning_regdecay.scalars import nonnegative_number
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base

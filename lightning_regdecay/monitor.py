@@ -12,12 +12,13 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_regdecay.following import refresh_schedules
 from lightning_regdecay.groups import TABLE_HEADER, format_table, table_row, total_row
 from lightning_regdecay.mixin import WeightDecayMixin
 from lightning_regdecay.names import safe_name, unique_name
 from lightning_regdecay.norms import GroupL2Norm
 from lightning_regdecay.parameters import model_parameters, remember_flattened
-from lightning_regdecay.schedules import refresh_schedules, schedule_of
+from lightning_regdecay.schedules import schedule_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -216,7 +217,7 @@ class WeightDecayMonitor(Callback):
                 name,
                 rules.get(tuple(group.get("param_names", ())), "-"),
                 self._members(group),
-                _strength_text(group),
+                _cell_of_strength(group),
                 float(group["lr"]) if "lr" in group else "-",
             )
             for name, group in groups.items()
@@ -233,11 +234,11 @@ def _logger_step(trainer: Trainer) -> int:
 
 
 def _weight_decay(group: dict[str, Any]) -> float:
-    """The λ of a param group, 0 for an optimizer that knows none."""
+    """The λ of a param group at this moment, 0 for an optimizer that knows none."""
     return float(group.get("weight_decay") or 0.0)
 
 
-def _strength_text(group: dict[str, Any]) -> str:
+def _cell_of_strength(group: dict[str, Any]) -> str:
     """The λ of a param group, with the schedule that it is on."""
     schedule = schedule_of(group)
     return f"{_weight_decay(group):g}" + (f" ({schedule.text})" if schedule is not None else "")

@@ -11,17 +11,12 @@ import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_regdecay.following import follow_schedules, scheduled_param_group
 from lightning_regdecay.groups import DecayGroups
 from lightning_regdecay.names import hint, safe_name, unique_name
 from lightning_regdecay.resuming import WeightDecayFrom, carry_over_by_name
 from lightning_regdecay.rules import DecayRule
-from lightning_regdecay.schedules import (
-    STRENGTH_KEYS,
-    DecaySchedule,
-    follow_schedules,
-    schedule_of,
-    scheduled_param_group,
-)
+from lightning_regdecay.schedules import STRENGTH_KEYS, DecaySchedule, schedule_of
 
 _ADDED_KEY = "decay_added"
 """Where a param group that was added later notes which of its neighbours were added with it."""
@@ -75,7 +70,7 @@ def keep_in_force(
     carry_over_by_name(
         optimizer,
         module,
-        lr_schedulers,
+        lambda: [*lr_schedulers, *_lr_schedulers_of(optimizer, trainer())],
         weight_decay,
         checkpoint=lambda: _sharded_checkpoint(trainer()),
         steps_done=lambda: int(trainer().global_step) if trainer() is not None else 0,
@@ -175,6 +170,8 @@ def _set_strengths_again(optimizer: Optimizer, groups: DecayGroups) -> Callable[
     def set_again() -> None:
         if optimizer.param_groups is built:
             return
+        if any(_ADDED_KEY in param_group for param_group in optimizer.param_groups):
+            _keep_lr_together(optimizer)
         places = groups.by_parameter()
         for param_group in optimizer.param_groups:
             rules = {places[p].rule for p in param_group["params"] if p in places}
@@ -196,24 +193,41 @@ def _split_added_groups(optimizer: Optimizer, groups: DecayGroups, follow: Calla
         if len(parts) > 1:
             together = 1 + max((group.get(_ADDED_KEY, 0) for group in optimizer.param_groups), default=0)
             parts = [{**part, _ADDED_KEY: together} for part in parts]
+            _keep_lr_together(optimizer)
         for part in parts:
             add_param_group(part)
         if any(map(schedule_of, parts)):
             follow()
 
     optimizer.add_param_group = add  # type: ignore[method-assign]
-    optimizer.register_step_pre_hook(_keep_lr_together)
 
 
-def _keep_lr_together(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Give the parts of a group that was added later one lr.
+def _keep_lr_together(optimizer: Optimizer) -> None:
+    """From now on, give the parts of a group that was added later one lr at every step.
 
     Whoever added it, such as Lightning's ``BackboneFinetuning`` (2.6), steers ``param_groups[-1]``, the last of them.
     """
-    last = {group[_ADDED_KEY]: group for group in optimizer.param_groups if _ADDED_KEY in group}
-    for group in optimizer.param_groups:
-        if _ADDED_KEY in group:
-            group["lr"] = last[group[_ADDED_KEY]]["lr"]
+
+    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        last = {group[_ADDED_KEY]: group for group in optimizer.param_groups if _ADDED_KEY in group}
+        for group in optimizer.param_groups:
+            if _ADDED_KEY in group:
+                group["lr"] = last[group[_ADDED_KEY]]["lr"]
+
+    if optimizer not in _kept_together:
+        _kept_together.add(optimizer)
+        optimizer.register_step_pre_hook(before_step)
+
+
+_kept_together: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+def _lr_schedulers_of(optimizer: Optimizer, trainer: Any) -> list[Any]:
+    """The lr schedulers that a Trainer has for an optimizer: also those that a subclass made."""
+    if trainer is None:
+        return []
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return [scheduler for scheduler in schedulers if getattr(scheduler, "optimizer", None) is optimizer]
 
 
 def _sharded_checkpoint(trainer: Any) -> Any:
@@ -229,8 +243,11 @@ def _run_length(trainer: Any) -> dict[str, float]:
     To be called when the training has started: earlier it would make the data loaders, which Lightning (2.6) then does
     not give the state that they had in the checkpoint.
     """
-    if trainer is None:  # only Fabric, or the user, knows how long the run will be
+    # Only Fabric, or the user, knows how long the run will be, or how many steps are taken by hand, or in each epoch.
+    if trainer is None or not trainer.lightning_module.automatic_optimization:
         return {}
+    if any(len(set(getattr(c, "scheduling", {0: 1}).values())) > 1 for c in trainer.callbacks):
+        return {}  # of GradientAccumulationScheduler
     batches = trainer.num_training_batches
     steps_per_epoch = batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
     lengths = {"total_steps": trainer.estimated_stepping_batches, "steps_per_epoch": steps_per_epoch}

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
-import pickle
-import re
+import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_regdecay.following import watch_for_unfollowed_schedules
+from lightning_regdecay.lr_schedulers import CarriedGroups, carry_lr_scheduler
 from lightning_regdecay.matching import listed
-from lightning_regdecay.parameters import ModelParameter, model_parameters, plain_name
-from lightning_regdecay.schedules import STEP_KEY, STRENGTH_KEYS, strength_text
+from lightning_regdecay.parameters import ModelParameter, model_parameters
+from lightning_regdecay.saved_states import (
+    SavedState,
+    first_names,
+    groups_in_file,
+    groups_in_folder,
+    read_state,
+    saved_names,
+)
+from lightning_regdecay.schedules import PEAK_KEY, STEP_KEY, STRENGTH_KEYS, strength_of, strength_text
+from lightning_regdecay.unnamed import IDENTITY_KEYS, fits, same, shaped
 
 WeightDecayFrom = Literal["rules", "checkpoint"]
 
-_IDENTITY_KEYS = {"params", "param_names", "name"}
-"""What a param group is, beside how it is trained."""
-_SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 """What torch's lr schedulers write into param groups."""
-_FLAGS = {"foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
+FLAGS = {PEAK_KEY, "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
 """Options that came to torch's optimizers over time, so that checkpoints of older versions lack them."""
-_PER_GROUP = re.compile(r"(lr|lrs|momentums|lambdas)$")
-"""Names of the lists of an lr scheduler that have an entry per param group."""
 _MOST_NAMED = 8  # parameters in a message
-_MOST_WAYS = 10_000  # to put groups without names together
 
 
 def resume_by_name(
@@ -74,13 +81,13 @@ def resume_by_name(
     [0.0, 0.5]
     """
     lr_schedulers = [] if lr_scheduler is None else [lr_scheduler]
-    carry_over_by_name(optimizer, model, lr_schedulers, weight_decay, lambda: checkpoint)
+    carry_over_by_name(optimizer, model, lambda: lr_schedulers, weight_decay, lambda: checkpoint)
 
 
 def carry_over_by_name(
     optimizer: Optimizer,
     model: nn.Module,
-    lr_schedulers: Sequence[Any],
+    lr_schedulers: Callable[[], Iterable[Any]],
     weight_decay: WeightDecayFrom,
     checkpoint: Callable[[], str | Path | None],
     steps_done: Callable[[], int] = lambda: 0,
@@ -91,7 +98,7 @@ def carry_over_by_name(
     Args:
         optimizer: as there.
         model: as there.
-        lr_schedulers: as there, several.
+        lr_schedulers: tells which lr schedulers the optimizer has, now and when a state is loaded.
         weight_decay: as there.
         checkpoint: tells where the checkpoint lies that is being loaded, where that is needed.
         steps_done: tells how many optimizer steps the run has done.
@@ -102,24 +109,24 @@ def carry_over_by_name(
             "the weight decay that goes on in a resumed run is that of the 'rules' or of the 'checkpoint', got "
             f"{weight_decay!r}"
         )
-    carrier = _Carrier(model, weight_decay, checkpoint, steps_done, before)
+    if weight_decay == "checkpoint":  # which may bring schedules along
+        watch_for_unfollowed_schedules()
+    carried: set[int] = set()
+
+    def carry_lr_schedulers() -> None:
+        for scheduler in lr_schedulers():
+            if hasattr(scheduler, "load_state_dict") and id(scheduler) not in carried:
+                carried.add(id(scheduler))
+                carry_lr_scheduler(scheduler, optimizer, carrier.carried)
+
+    def before_loading() -> None:
+        before()
+        carry_lr_schedulers()
+
+    carrier = _Carrier(model, weight_decay, checkpoint, steps_done, before_loading)
+    carry_lr_schedulers()
     optimizer.register_load_state_dict_pre_hook(carrier.before_loading)
     optimizer.register_state_dict_post_hook(carrier.after_saving)
-    for scheduler in lr_schedulers:
-        if hasattr(scheduler, "load_state_dict"):
-            _carry_scheduler(scheduler, optimizer, carrier)
-
-
-class _Saved(NamedTuple):
-    """What a checkpoint holds of an optimizer, by parameter name."""
-
-    groups: list[dict[str, Any]]
-    """Its param groups."""
-    group_of: dict[str, int]
-    """Parameter name to the number of its group."""
-    key_of: dict[str, Any]
-    """Parameter name to its key in the state."""
-    state: dict[Any, Any]
 
 
 class _Carrier:
@@ -138,18 +145,15 @@ class _Carrier:
         self._checkpoint = checkpoint
         self._steps_done = steps_done
         # The options that are not taken from the checkpoint.
-        self._todays = _IDENTITY_KEYS if weight_decay == "checkpoint" else _IDENTITY_KEYS | STRENGTH_KEYS
-        self.sources: list[int | None] | None = None
-        """For every param group of today, the number of the one in the checkpoint that it goes on from."""
-        self.saved_count = 0
-        """How many param groups the checkpoint has."""
+        self._not_carried = IDENTITY_KEYS if weight_decay == "checkpoint" else IDENTITY_KEYS | STRENGTH_KEYS
+        self.carried = CarriedGroups()
 
     def before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state that torch can load: with the param groups of today, each with its own parameters."""
         self._before()
         known = self._known()
         names = _names_of(optimizer, known)
-        saved = _read(state_dict, self._groups_beside(names, known), known)
+        saved = read_state(state_dict, self._groups_beside(names, known), known)
         _check_same_optimizer(optimizer, saved.groups)
         sources = [self._sources(group, own, saved) for group, own in zip(optimizer.param_groups, names)]
         steps = _steps_in(saved) or self._steps_done()
@@ -157,8 +161,7 @@ class _Carrier:
         remarks: list[str] = []
         groups = []
         numbers = itertools.count()
-        of_parameters = set(saved.key_of.values())
-        state = {key: value for key, value in saved.state.items() if key not in of_parameters}
+        state = {key: value for key, value in saved.state.items() if key not in saved.keys}
         for group, own, numbers_before in zip(optimizer.param_groups, names, sources):
             before = [saved.groups[number] for number in numbers_before]
             groups.append({**self._options(group, before, saved, steps, remarks), "params": []})
@@ -168,8 +171,8 @@ class _Carrier:
                 if key in saved.state:
                     state[number] = _checked_state(name, parameter, saved.state[key])
 
-        self.sources = [own[0] if own else None for own in sources]
-        self.saved_count = len(saved.groups)
+        self.carried.sources = [own[0] if own else None for own in sources]
+        self.carried.saved_count = len(saved.groups)
         self._checkpoint = lambda: None  # what is saved from now on is this run
         for remark in remarks:
             rank_zero_info(remark)
@@ -185,10 +188,11 @@ class _Carrier:
         known = self._known()
         names = _names_of(optimizer, known)
         groups = self._groups_beside(names, known)
-        if groups is None or not isinstance(groups[0]["params"][0], str):
+        # In a file the parameters have numbers, and torch finds the groups itself.
+        if groups is None or not all(isinstance(key, str) for group in groups for key in group["params"]):
             return
         places = {name: number for number, name in enumerate(name for own in names for name in own)}
-        for group, own in zip(groups, _first_names([group["params"] for group in groups], known)):
+        for group, own in zip(groups, first_names([group["params"] for group in groups], known)):
             group["params"] = [places.pop(name) for name in own if name in places]
         if places:
             raise ValueError(
@@ -213,16 +217,15 @@ class _Carrier:
         path = self._checkpoint()
         if path is None:
             return None
-        optimizers = _groups_in_folder(Path(path)) if Path(path).is_dir() else _groups_in_file(Path(path))
+        optimizers = groups_in_folder(Path(path)) if Path(path).is_dir() else groups_in_file(Path(path))
         own = {name for group in names for name in group}
 
         def shared(groups: list[dict[str, Any]]) -> int:
-            saved = _first_names(_saved_names({"param_groups": groups, "state": {}}, known), known)
-            return sum(name in own for group in saved for name in group)
+            return sum(name in own for group in saved_names(groups, {"state": {}}, known) for name in group)
 
         return optimizers[0] if len(optimizers) == 1 else max(optimizers, key=shared)
 
-    def _sources(self, group: Mapping[str, Any], names: Sequence[str], saved: _Saved) -> list[int]:
+    def _sources(self, group: Mapping[str, Any], names: Sequence[str], saved: SavedState) -> list[int]:
         """The numbers of the groups in the checkpoint that a param group goes on from.
 
         Raises:
@@ -232,10 +235,11 @@ class _Carrier:
         for name in names:
             if name in saved.group_of:
                 found.setdefault(saved.group_of[name], name)
-        for first, number in zip(list(found)[:1] * len(found), found):
+        first, *others = found or [0]
+        for number in others:
             one, other = saved.groups[first], saved.groups[number]
-            for key in sorted((one.keys() | other.keys()) - self._todays):
-                if not _same(one.get(key), other.get(key)):
+            for key in sorted((one.keys() | other.keys()) - self._not_carried):
+                if not same(one.get(key), other.get(key)):
                     raise ValueError(
                         f"group {group.get('name', '')!r} joins parameters whose {key} differs in the checkpoint: "
                         f"{one.get(key)!r} of {found[first]!r} and {other.get(key)!r} of {found[number]!r}; a param "
@@ -244,182 +248,26 @@ class _Carrier:
         return list(found)
 
     def _options(
-        self, group: Mapping[str, Any], before: list[dict[str, Any]], saved: _Saved, steps: int, remarks: list[str]
+        self, group: Mapping[str, Any], before: list[dict[str, Any]], saved: SavedState, steps: int, remarks: list[str]
     ) -> dict[str, Any]:
         """The options with which a param group goes on: those of the checkpoint, but for what is today's."""
         today = {key: value for key, value in group.items() if key != "params"}
         if STEP_KEY in today:
             today[STEP_KEY] = steps
+            if before and strength_of(before[0]) == strength_of(today):
+                today["weight_decay"] = before[0]["weight_decay"]  # until the next step sets it
         if not before:
             return {**today, **_lr_of_a_new_group(group, saved.groups)}
-        options = {**today, **{key: value for key, value in before[0].items() if key not in self._todays}}
-        if "weight_decay" not in self._todays:
+        options = {**today, **{key: value for key, value in before[0].items() if key not in self._not_carried}}
+        if "weight_decay" not in self._not_carried:
             options = {key: value for key, value in options.items() if key not in STRENGTH_KEYS or key in before[0]}
-        label = f"group {group.get('name', '')!r}"
-        was = " and ".join(dict.fromkeys(map(strength_text, before)))
-        rules, goes_on = strength_text(today), strength_text(options)
-        if was != goes_on:
-            remarks.append(f"weight decay of {label}: {was} (checkpoint) → {goes_on} (rules)")
-        elif rules != goes_on:
-            remarks.append(f"weight decay of {label}: {goes_on} (checkpoint) goes on, the rules say {rules}")
-        lr, configured = (float(g.get("initial_lr", g.get("lr", 0.0))) for g in (before[0], today))
-        if lr != configured:
-            remarks.append(f"lr of {label}: {lr:g} (checkpoint) goes on, {configured:g} is configured")
+        remarks += _changes(group, before, today, options)
         return options
 
 
-def _read(
-    state_dict: Mapping[str, Any], groups: list[dict[str, Any]] | None, known: Sequence[ModelParameter]
-) -> _Saved:
-    """A state of an optimizer by parameter name; with its groups, where the state has them no more."""
-    names = _first_names(_saved_names(state_dict, known), known)
-    pairs = zip(state_dict["param_groups"], names)
-    key_of = {name: key for group, own in pairs for name, key in zip(own, group["params"])}
-    if groups is None:
-        groups = state_dict["param_groups"]
-    else:
-        names = _first_names(_saved_names({"param_groups": groups, "state": {}}, known), known)
-    group_of = {name: number for number, own in enumerate(names) for name in own}
-    return _Saved(groups, group_of, key_of, dict(state_dict["state"]))
-
-
-def _first_names(names: Iterable[Iterable[str]], known: Sequence[ModelParameter]) -> list[list[str]]:
-    """The names of the parameters of each group without wrappers; of a tied parameter the first."""
-    first = {name: parameter.name for parameter in known for name in parameter.names}
-    return [[first.get(name, name) for name in map(plain_name, own)] for own in names]
-
-
-def _groups_in_folder(path: Path) -> list[list[dict[str, Any]]]:
-    """The param groups of each optimizer in a folder of ``torch.distributed.checkpoint``."""
-    # Slow to import, and of no use to most.
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    reader = FileSystemReader(path)
-    metadata = reader.read_metadata()
-    places = {key: place for key, place in (metadata.planner_data or {}).items() if "param_groups" in place}
-    if not places:
-        raise ValueError(f"the checkpoint {str(path)!r} has no optimizer state")
-    found: dict[str, Any] = {}
-    for key in places:
-        stored = metadata.state_dict_metadata[key]
-        found[key] = torch.empty(stored.size) if isinstance(stored, TensorStorageMetadata) else None
-    load(found, storage_reader=reader)
-    # Such as ("optimizer_0", "param_groups", 2, "decay_schedule", "start") in nested dictionaries.
-    tree: dict[Any, Any] = {}
-    for key, place in places.items():
-        inner = tree
-        cut = place.index("param_groups")
-        for part in (place[:cut], *place[cut + 1 : -1]):
-            inner = inner.setdefault(part, {})
-        inner[place[-1]] = found[key]
-    return [[groups[number] for number in sorted(groups)] for groups in tree.values()]
-
-
-def _groups_in_file(path: Path) -> list[list[dict[str, Any]]]:
-    """The param groups of each optimizer in a checkpoint of Lightning in one file."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:  # the user's own objects, which were loaded as such a moment ago
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    return [state["param_groups"] for state in checkpoint["optimizer_states"]]
-
-
-def _saved_names(state_dict: Mapping[str, Any], known: Sequence[ModelParameter]) -> Sequence[Sequence[str]]:
-    """The names of the parameters of each group of a checkpoint."""
-    groups = state_dict["param_groups"]
-    if all(isinstance(key, str) for group in groups for key in group["params"]):  # of torch.distributed.checkpoint
-        return [group["params"] for group in groups]
-    if all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
-        return [group["param_names"] for group in groups]
-    return _names_by_order(state_dict, known)
-
-
-def _names_by_order(state_dict: Mapping[str, Any], known: Sequence[ModelParameter]) -> list[list[str]]:
-    """Names for groups without any, which are in the order of ``model.parameters()``.
-
-    Either they follow each other in that order, or each for itself is in it, as in "all weights, then all biases".
-    """
-    groups = state_dict["param_groups"]
-    states = [[state_dict["state"].get(key, {}) for key in group["params"]] for group in groups]
-    count = sum(map(len, states))
-    trainable = [parameter for parameter in known if parameter.parameter.requires_grad]
-    for order in (known, trainable):
-        numbers = None
-        if len(order) == count:
-            numbers = _one_after_the_other(states, groups, order) or _interleaved(states, order)
-        if numbers is not None:
-            rank_zero_info(
-                "the optimizer state in the checkpoint has no parameter names: it is read in the order of "
-                "model.parameters()"
-            )
-            return [[order[number].name for number in own] for own in numbers]
-    raise ValueError(
-        f"the optimizer state in the checkpoint has no parameter names, and its {count} parameters in {len(groups)} "
-        f"groups fit the {len(known)} of the model ({len(trainable)} trainable) in no way, or in several; write the "
-        "names into the checkpoint, for each group as state['param_groups'][i]['param_names'] = [...] (in a checkpoint "
-        "of Lightning state is checkpoint['optimizer_states'][0])"
-    )
-
-
-def _one_after_the_other(
-    states: Sequence[Sequence[Mapping[str, Any]]],
-    groups: Sequence[Mapping[str, Any]],
-    order: Sequence[ModelParameter],
-) -> list[list[int]] | None:
-    """The places in the order that each group has, where the groups follow each other in it."""
-    in_a_row = [state for group in states for state in group]
-    if not all(_fits(state, parameter.parameter) for state, parameter in zip(in_a_row, order)):
-        return None
-    if len(states) > 1 and not any(map(_shaped, in_a_row)) and not _have_equal_options(groups):
-        return None  # nothing tells that it is this way
-    ends = itertools.accumulate(map(len, states))
-    return [list(range(end - len(group), end)) for group, end in zip(states, ends)]
-
-
-def _interleaved(
-    states: Sequence[Sequence[Mapping[str, Any]]], order: Sequence[ModelParameter]
-) -> list[list[int]] | None:
-    """The places in the order that each group has, where each for itself is in it and the shapes allow only one way."""
-    # From how many parameters of each group are given out, to the ways there (2 for several) and the groups in turn.
-    ways: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {(0,) * len(states): (1, ())}
-    for parameter in order:
-        longer: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {}
-        for given, (count, turns) in ways.items():
-            for number, group in enumerate(states):
-                if given[number] < len(group) and _fits(group[given[number]], parameter.parameter):
-                    now = (*given[:number], given[number] + 1, *given[number + 1 :])
-                    longer[now] = (min(longer.get(now, (0,))[0] + count, 2), (*turns, number))
-        if not longer or len(longer) > _MOST_WAYS:
-            return None
-        ways = longer
-    ((count, turns),) = ways.values()
-    return None if count > 1 else [[i for i, n in enumerate(turns) if n == own] for own in range(len(states))]
-
-
-def _have_equal_options(groups: Sequence[Mapping[str, Any]]) -> bool:
-    keys = {key for group in groups for key in group} - _IDENTITY_KEYS
-    return all(_same(group.get(key), groups[0].get(key)) for group in groups for key in keys)
-
-
-def _shaped(state: Mapping[str, Any]) -> list[torch.Tensor]:
-    """The tensors of a parameter's state that are more than one number."""
-    return [value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim > 0]
-
-
-def _fits(state: Mapping[str, Any], parameter: torch.Tensor) -> bool:
-    """Whether a state can be of a parameter: some tensor of it has the shape, or is a factor of that (Adafactor)."""
-    tensors = _shaped(state)
-    return not tensors or any(
-        tensor.ndim == parameter.ndim and all(a in (1, b) for a, b in zip(tensor.shape, parameter.shape))
-        for tensor in tensors
-    )
-
-
 def _checked_state(name: str, parameter: torch.Tensor, state: Any) -> Any:
-    if isinstance(state, Mapping) and not _fits(state, parameter):
-        shapes = " and ".join(sorted({str(tuple(tensor.shape)) for tensor in _shaped(state)}))
+    if isinstance(state, Mapping) and not fits(state, parameter):
+        shapes = " and ".join(sorted({str(tuple(tensor.shape)) for tensor in shaped(state)}))
         raise ValueError(
             f"the optimizer state of {name!r} in the checkpoint has the shape {shapes}, the parameter "
             f"{tuple(parameter.shape)}: it cannot go on; start the run from the weights alone"
@@ -428,15 +276,30 @@ def _checked_state(name: str, parameter: torch.Tensor, state: Any) -> Any:
 
 
 def _check_same_optimizer(optimizer: Optimizer, saved_groups: Sequence[Mapping[str, Any]]) -> None:
-    ours = set(optimizer.defaults) - _FLAGS - STRENGTH_KEYS
+    """Raise for the state of another kind of optimizer, as far as the options in its param groups tell."""
+    ours = set(optimizer.defaults) - FLAGS - STRENGTH_KEYS
+    users = {key for group in optimizer.param_groups for key in group} - set(optimizer.defaults)
     for group in saved_groups:
-        theirs = set(group) - _FLAGS - STRENGTH_KEYS - _IDENTITY_KEYS - _SCHEDULER_KEYS
-        if theirs - ours and ours - theirs:
+        theirs = set(group) - FLAGS - STRENGTH_KEYS - IDENTITY_KEYS - SCHEDULER_KEYS - users
+        # A group may have keys of the user's own; those of other optimizers tell.
+        more, less = (theirs - ours) & _options_of_torch(), ours - theirs
+        decoupled, today = (g.get("decoupled_weight_decay") for g in (group, optimizer.defaults))
+        if more or less or (decoupled is not None and today is not None and decoupled != today):
+            has = [f"it has the options {listed(sorted(more))}"] if more else []
+            lacks = [f"it lacks {listed(sorted(less))}"] if less else []
+            other = [f"its decoupled_weight_decay is {decoupled}"] if not has + lacks else []
             raise ValueError(
-                f"the optimizer state in the checkpoint is not that of {type(optimizer).__name__}: it has the options "
-                f"{listed(sorted(theirs - ours))} and lacks {listed(sorted(ours - theirs))}; resume with the optimizer "
-                "that it is of, or start the run from the weights alone"
+                f"the optimizer state in the checkpoint is not that of {type(optimizer).__name__}: "
+                f"{' and '.join(has + lacks + other)}; resume with the optimizer that it is of, or start the run from "
+                "the weights alone"
             )
+
+
+@functools.cache
+def _options_of_torch() -> frozenset[str]:
+    """The names of all options of torch's optimizers."""
+    kinds = [kind for kind in vars(torch.optim).values() if isinstance(kind, type) and issubclass(kind, Optimizer)]
+    return frozenset(name for kind in kinds for name in inspect.signature(kind).parameters)
 
 
 def _names_of(optimizer: Optimizer, known: Sequence[ModelParameter]) -> list[list[str]]:
@@ -449,34 +312,62 @@ def _names_of(optimizer: Optimizer, known: Sequence[ModelParameter]) -> list[lis
     return names
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return a is not None and b is not None and bool(torch.equal(torch.as_tensor(a), torch.as_tensor(b)))
-    return bool(a == b)
-
-
 def _lr_of_a_new_group(group: Mapping[str, Any], saved_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The lr of a group of new parameters only: its own, as far through the lr schedule as that of the others."""
-    factors = {
+    factors = [
         float(other["lr"]) / float(other["initial_lr"])
         for other in saved_groups
         if "lr" in other and other.get("initial_lr")
-    }
-    if len(factors) != 1 or "initial_lr" not in group or isinstance(group["lr"], torch.Tensor):
+    ]
+    if not factors or "initial_lr" not in group or isinstance(group["lr"], torch.Tensor):
         return {}
-    return {"lr": group["initial_lr"] * factors.pop()}
+    if not math.isclose(min(factors), max(factors), rel_tol=1e-9):
+        rank_zero_warn(
+            f"group {group.get('name', '')!r} has new parameters only, and begins with the lr {group['lr']:g}: the "
+            "groups in the checkpoint have not all come equally far in the lr schedule"
+        )
+        return {}
+    return {"lr": group["initial_lr"] * factors[0]}
 
 
-def _steps_in(saved: _Saved) -> int:
+def _changes(
+    group: Mapping[str, Any], before: Sequence[Mapping[str, Any]], today: Mapping[str, Any], goes_on: Mapping[str, Any]
+) -> list[str]:
+    """What the user is told of a param group that goes on with other values than it had, or than are configured."""
+    label = f"group {group.get('name', '')!r}"
+    remarks = []
+    if any(strength_of(other) != strength_of(goes_on) for other in before):
+        was = " and ".join(dict.fromkeys(map(strength_text, before)))
+        remarks.append(f"weight decay of {label}: {was} (checkpoint) → {strength_text(goes_on)} (rules)")
+    elif strength_of(today) != strength_of(goes_on):
+        text = f"{strength_text(goes_on)} (checkpoint) goes on, the rules say {strength_text(today)}"
+        remarks.append(f"weight decay of {label}: {text}")
+    cycled = {"betas", "momentum"} if "max_momentum" in before[0] else set()
+    for key in sorted(today.keys() - IDENTITY_KEYS - STRENGTH_KEYS - SCHEDULER_KEYS - FLAGS - cycled - {"lr"}):
+        if key in before[0] and not same(before[0][key], today[key]):
+            remarks.append(f"{key} of {label}: {before[0][key]} (checkpoint) goes on, {today[key]} is configured")
+    lr, configured = (float(g.get("initial_lr", g.get("lr", 0.0))) for g in (before[0], today))
+    if lr != configured:
+        remarks.append(f"lr of {label}: {lr:g} (checkpoint) goes on, {configured:g} is configured")
+    return remarks
+
+
+def _steps_in(saved: SavedState) -> int:
     """The optimizer steps that a checkpoint tells of, 0 where it tells of none."""
     counted = [int(group[STEP_KEY]) for group in saved.groups if STEP_KEY in group]
     own = [state["step"] for state in saved.state.values() if isinstance(state, Mapping) and "step" in state]
     return max(counted or map(int, own), default=0)
 
 
-def _warn_of_the_rest(names: set[str], saved: _Saved) -> None:
+def _warn_of_the_rest(names: set[str], saved: SavedState) -> None:
     missing = [name for name in names if name not in saved.group_of]
     unused = [name for name in saved.group_of if name not in names and saved.state.get(saved.key_of.get(name))]
+    tied = saved.keys - set(saved.key_of.values())
+    if any(saved.state.get(key) for key in tied):
+        rank_zero_warn(
+            f"the checkpoint has optimizer states of {len(tied)} parameters that are tied to others now: those of the "
+            "first names go on"
+        )
     if missing:
         rank_zero_warn(
             f"the checkpoint has no optimizer state of {_named(missing)}: new, or frozen when it was saved; they start "
@@ -492,42 +383,3 @@ def _warn_of_the_rest(names: set[str], saved: _Saved) -> None:
 def _named(names: Collection[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return listed(sorted(names)[:_MOST_NAMED]) + more
-
-
-def _carry_scheduler(scheduler: Any, optimizer: Optimizer, carrier: _Carrier) -> None:
-    """Let the state of an lr scheduler, whose lists have an entry per param group, follow the groups."""
-    load, save = scheduler.load_state_dict, scheduler.state_dict
-
-    def load_state_dict(state_dict: dict[str, Any]) -> None:
-        load(_regrouped(scheduler, state_dict, optimizer.param_groups, carrier))
-
-    def state_dict() -> dict[str, Any]:
-        # torch's schedulers save every attribute, and so these two.
-        return {key: value for key, value in save().items() if key not in ("load_state_dict", "state_dict")}
-
-    scheduler.load_state_dict, scheduler.state_dict = load_state_dict, state_dict
-
-
-def _regrouped(
-    scheduler: Any, state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], carrier: _Carrier
-) -> dict[str, Any]:
-    """The state of an lr scheduler with its lists in the order of today's param groups."""
-    regrouped = dict(state_dict)
-    for key, value in state_dict.items():
-        if key == "_schedulers":  # of SequentialLR and ChainedScheduler
-            inner = zip(scheduler._schedulers, value)
-            regrouped[key] = [_regrouped(scheduler, state, groups, carrier) for scheduler, state in inner]
-        elif isinstance(value, (list, tuple)) and _PER_GROUP.search(key):
-            if carrier.sources is None:
-                if len(value) != len(groups):
-                    raise ValueError(
-                        f"the state of {type(scheduler).__name__} in the checkpoint is of {len(value)} param groups, "
-                        f"today there are {len(groups)}; load the state of the optimizer first, which tells how they "
-                        "belong together"
-                    )
-            elif len(value) == carrier.saved_count:
-                new = [group["lr"] for group in groups] if key == "_last_lr" else getattr(scheduler, key)
-                entries = [new[i] if source is None else value[source] for i, source in enumerate(carrier.sources)]
-                # Functions are not saved: in the state of a LambdaLR, None is in the place of each.
-                regrouped[key] = [None if callable(entry) else entry for entry in entries]
-    return regrouped

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,12 +15,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_regdecay.groups import DecayGroups, build_decay_groups
+from lightning_regdecay.lr_schedulers import expand_attributes, expanded
 from lightning_regdecay.optimizers import keep_in_force, lr_schedulers_in, optimizers_in, split_param_group
 from lightning_regdecay.resuming import WeightDecayFrom
 from lightning_regdecay.rules import DecayRules, parse_rules
-
-_PER_GROUP = re.compile(r"(lr|lrs|momentums?|betas?|lambdas?|values)$")
-"""Names of arguments and attributes of lr schedulers that may be lists with an entry per param group."""
 
 
 class WeightDecayRules(Callback):
@@ -162,7 +159,7 @@ def _with_expanded_lists(init: Callable[..., None], done: Mapping[Optimizer, lis
         optimizer = bound.arguments.get("optimizer")
         parents = done.get(optimizer, []) if isinstance(optimizer, Optimizer) else []
         if parents and parents[-1] + 1 < len(parents):
-            bound.arguments.update(_expanded(bound.arguments, parents))
+            bound.arguments.update(expanded(bound.arguments, parents))
         init(*bound.args, **bound.kwargs)
 
     return expanding
@@ -180,19 +177,4 @@ def _regroup(optimizer: Optimizer, lr_schedulers: Sequence[Any], groups: DecayGr
             parents.append(number)
             optimizer.param_groups.append(part)
     for scheduler in lr_schedulers:
-        _expand_attributes(scheduler, parents)
-
-
-def _expand_attributes(scheduler: Any, parents: Sequence[int]) -> None:
-    vars(scheduler).update(_expanded(vars(scheduler), parents))
-    for inner in getattr(scheduler, "_schedulers", []):  # of SequentialLR and ChainedScheduler
-        _expand_attributes(inner, parents)
-
-
-def _expanded(values: Mapping[str, Any], parents: Sequence[int]) -> dict[str, Any]:
-    """Those of the values that have an entry per param group as it was, with one for each part."""
-    return {
-        name: type(value)(value[parent] for parent in parents)
-        for name, value in values.items()
-        if type(value) in (list, tuple) and len(value) == parents[-1] + 1 and _PER_GROUP.search(name)
-    }
+        expand_attributes(scheduler, parents)

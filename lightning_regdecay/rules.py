@@ -11,13 +11,14 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, TypeAlias, cast
 
 from lightning_regdecay.names import REGEX_PREFIX, hint, name_of_pattern, safe_name, unique_name
-from lightning_regdecay.schedules import DecaySchedule, nonnegative_number, number_of
+from lightning_regdecay.scalars import nonnegative_number, number_of
+from lightning_regdecay.schedules import STRENGTH_KEYS, DecaySchedule
 
 DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any]
 """Rules in any form that users write: see :func:`parse_rules`."""
 
-_SET_BY_THE_RULE = {"params", "param_names", "name", "weight_decay", "decay_schedule", "decay_step"}
-_SELECTORS = {"params", "modules", "min_ndim", "max_ndim", "where"}
+_SET_BY_THE_RULE = {"params", "param_names", "name", *STRENGTH_KEYS}
+SELECTORS = {"params", "modules", "min_ndim", "max_ndim", "where"}
 _RESERVED_GROUPS = {"total"}  # `<prefix>/total/penalty` is the sum over all groups
 
 
@@ -281,10 +282,10 @@ def _rule(label: str, value: DecayRule | Mapping[str, Any]) -> DecayRule:
     known = _field_names(DecayRule)
     for name in value:
         if name not in known:
-            raise TypeError(
-                f"{label}: unknown field {name!r}; {hint(str(name), known)}; options of the optimizer, such as lr, go "
-                "into options"
-            )
+            advice = "options of the optimizer, such as lr, go into options"
+            if name in _field_names(DecaySchedule):
+                advice = "a schedule says which one it is, as in {schedule: linear, start: 0.1, end: 0}"
+            raise TypeError(f"{label}: unknown field {name!r}; {hint(str(name), known)}; {advice}")
     try:
         return DecayRule(**value)
     except (TypeError, ValueError) as error:
@@ -292,7 +293,7 @@ def _rule(label: str, value: DecayRule | Mapping[str, Any]) -> DecayRule:
 
 
 def _has_selector(fields: Iterable[str]) -> bool:
-    return not _SELECTORS.isdisjoint(fields)
+    return not SELECTORS.isdisjoint(fields)
 
 
 def _name_from_selectors(rule: DecayRule) -> str:

@@ -131,7 +131,7 @@ def leave() -> None:
     os._exit(0)
 
 
-def run_python(*args: Any, cwd: Path, timeout: float, may_abort: bool = False, **env: str) -> str:
+def run_python(*args: Any, cwd: Path, timeout: float, may_abort: bool = False, returncode: int = 0, **env: str) -> str:
     """Run Python in a process group of its own, which is gone when this returns; the output, or an AssertionError.
 
     With ``may_abort`` the abort that :func:`leave` avoids is no error.
@@ -154,5 +154,5 @@ def run_python(*args: Any, cwd: Path, timeout: float, may_abort: bool = False, *
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     aborted = may_abort and "terminate called without an active exception" in output
-    assert process.returncode == 0 or aborted, output
+    assert process.returncode == returncode or aborted, output
     return output

@@ -82,7 +82,10 @@ class TestRulesAsAnArgument:
         model = LitTyped.load_from_checkpoint(tmp_path / "model.ckpt")
         assert model.hparams.lr == 0.25
         assert [group.strength_text for group in model.decay_groups] == ["0.5", "0.01", "0.05"]
-        assert LitTyped.load_from_checkpoint(tmp_path / "model.ckpt", decay_rules={"*": 0.3}).decay_groups[0].numel
+        assert (
+            LitTyped.load_from_checkpoint(tmp_path / "model.ckpt", decay_rules={"*": 0.3}).decay_groups[0].strength_text
+            == "0.3"
+        )
 
     def test_print_config_shows_the_rules_and_goes_round(self, tmp_path, typed, capsys):
         args = ["--model.decay_rules.head.*", "0.2", "--model.decay_rules.no_decay.max_ndim", 1]
@@ -120,7 +123,15 @@ class TestRulesAsAnArgument:
             ("head.*.epochs=5", {"schedule": "linear", "start": 0.1, "end": 0, "epochs": 5}),
             ("head.*=1e-2", 0.01),
             ("head.*={schedule: follow_lr, start: 0.1}", {"schedule": "follow_lr", "start": 0.1}),
-            ("head.*.min_ndim=2", {"weight_decay": {"schedule": "linear", "start": 0.1, "end": 0}, "min_ndim": 2}),
+            (
+                "head.*.min_ndim=2",
+                {
+                    "params": "head.*",
+                    "weight_decay": {"schedule": "linear", "start": 0.1, "end": 0},
+                    "min_ndim": 2,
+                },
+            ),
+            ("head.*.weight_decay.end=1", {"weight_decay": {"schedule": "linear", "start": 0.1, "end": 1}}),
             ("*.weight_decay.end=1", {"params": "*", "weight_decay": {"schedule": "linear", "start": 0.1, "end": 1}}),
         ],
     )
@@ -136,6 +147,35 @@ class TestRulesAsAnArgument:
         override = "--model.decay_rules.head.*={schedule: linear, start: 0.1, stop: 0}"
         error = refused(capsys, LitTyped, "fit", "-c", typed, override)
         assert "error: model.decay_rules: decay rule 'head.*': unknown field 'stop' of a schedule" in error
+
+    @pytest.mark.parametrize("strength", [0.1, {"weight_decay": 0.1}])
+    def test_another_selector_narrows_a_pattern(self, tmp_path, strength):
+        rules = {"head.*": strength, "*": 0.2}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"decay_rules": rules}}, sort_keys=False))
+        args = ["-c", tmp_path / "config.yaml", "--model.decay_rules.head.*.max_ndim=1"]
+        groups = cli(LitTyped, *args, run=False).model.decay_groups
+        assert list(groups[0].params) == ["head.bias"]
+
+    @pytest.mark.parametrize("class_path", [False, True])
+    def test_rules_that_are_given_hold_in_a_resumed_run(self, tmp_path, class_path):
+        def config(name, rules):
+            arguments = {"lr": 0.125, "decay_rules": rules}
+            model = {"class_path": "cli_run.LitTyped", "init_args": arguments} if class_path else arguments
+            (tmp_path / name).write_text(yaml.safe_dump({"model": model}, sort_keys=False))
+            return ["-c", tmp_path / name]
+
+        def fit(*args):
+            quiet = ["--trainer.logger=False", "--trainer.enable_progress_bar=False", "--trainer.accelerator=cpu"]
+            options = {"subclass_mode_model": True} if class_path else {}
+            kind = LitBase if class_path else LitTyped
+            return cli(kind, "fit", *args, *quiet, "--trainer.enable_checkpointing=False", **options)
+
+        first = fit(*config("a.yaml", {"*": 0.1}), "--trainer.max_epochs=1")
+        first.trainer.save_checkpoint(tmp_path / "a.ckpt")
+        more = config("b.yaml", {"*.bias": 0.0, "*": 0.5})
+        second = fit(*more, "--ckpt_path", tmp_path / "a.ckpt", "--trainer.max_epochs=2")
+        (optimizer,) = second.trainer.optimizers
+        assert {group["name"]: group["weight_decay"] for group in optimizer.param_groups} == {"bias": 0.0, "rest": 0.5}
 
     def test_also_in_a_file_and_for_any_subclass(self, tmp_path, capsys):
         init_args = {"decay_rules": {"*": {"weight_deacy": 1}}}

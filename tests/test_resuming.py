@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import logging
+import pickle
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,8 +21,8 @@ from torch.distributed import checkpoint as dist_checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lightning_regdecay import DecayRule, WeightDecayMonitor, build_decay_groups
+from lightning_regdecay.following import schedule_weight_decay
 from lightning_regdecay.resuming import resume_by_name
-from lightning_regdecay.schedules import schedule_weight_decay
 
 schedulers = torch.optim.lr_scheduler
 
@@ -159,7 +162,10 @@ class TestOtherGroups:
         first = Run(before, build, scheduler).train(5)
         second = Run(today, build, scheduler).load(first.checkpoint()).train(5, first=5)
         assert_same_weights(second.net, whole.net)
-        assert sorted(second.scheduler.get_last_lr()) != [0.01] * len(second.groups)
+        by_name = {name: group["lr"] for group in second.optimizer.param_groups for name in group["param_names"]}
+        assert all(
+            group["lr"] == by_name[name] for group in whole.optimizer.param_groups for name in group["param_names"]
+        )
 
     def test_a_scheduler_with_an_object_per_group(self):
         class Decay:
@@ -179,6 +185,16 @@ class TestOtherGroups:
         second = Run(SAME_IN_OTHER_GROUPS, scheduler=by_bias).load(first.checkpoint()).train(5, first=5)
         assert_same_weights(second.net, whole.net)
         assert [decay.calls for decay in second.scheduler.lr_lambdas] == [11] * 4
+
+    def test_a_scheduler_can_be_copied_and_pickled(self):
+        run = Run(TWO_GROUPS, scheduler=SCHEDULERS["StepLR"])
+        twin = copy.deepcopy(run.scheduler)
+        again = pickle.loads(pickle.dumps(run.scheduler))
+        run.train(2)
+        assert run.scheduler.state_dict()["last_epoch"] == 2
+        assert twin.state_dict()["last_epoch"] == again.state_dict()["last_epoch"] == 0
+        twin.load_state_dict({**run.scheduler.state_dict(), "last_epoch": 7})
+        assert run.scheduler.last_epoch == 2
 
     def test_an_equal_number_of_groups_in_another_order(self):
         whole = Run(TWO_GROUPS, scheduler=SCHEDULERS["StepLR"]).train(8)
@@ -256,6 +272,42 @@ class TestOtherParameters:
         assert follows.get_last_lr() == pytest.approx([0.3, 0.06])
         assert follows.base_lrs == [0.5, 0.1]
 
+    @pytest.mark.parametrize("steps", range(1, 40, 6))
+    def test_such_a_group_joins_whatever_the_rounding(self, steps):
+        net = Net()
+        layers = {"body": 0.1, "norm": 0.03}
+        groups = [
+            {"params": [net.get_submodule(name).weight], "param_names": [f"{name}.weight"], "lr": lr}
+            for name, lr in layers.items()
+        ]
+        before = torch.optim.SGD([dict(group) for group in groups])
+        scheduler = schedulers.LambdaLR(before, lambda step: 0.95**step)
+        for _ in range(steps):
+            before.step()
+            scheduler.step()
+        today = torch.optim.SGD([*groups, {"params": [net.head.weight], "param_names": ["head.weight"], "lr": 0.01}])
+        schedulers.LambdaLR(today, lambda step: 0.95**step)
+        resume_by_name(today, net)
+        with pytest.warns(UserWarning, match="no optimizer state of 'head.weight'"):
+            today.load_state_dict(before.state_dict())
+        assert today.param_groups[-1]["lr"] == pytest.approx(0.01 * 0.95**steps)
+
+    def test_or_says_that_it_cannot(self):
+        net = Net()
+        old = [{"params": [net.body.weight], "param_names": ["body.weight"], "lr": 0.1, "initial_lr": 0.2}]
+        old += [{"params": [net.norm.weight], "param_names": ["norm.weight"], "lr": 0.1, "initial_lr": 0.1}]
+        new = {
+            "params": [net.head.weight],
+            "param_names": ["head.weight"],
+            "lr": 0.01,
+            "initial_lr": 0.01,
+            "name": "head",
+        }
+        today = torch.optim.SGD([*[{**group, "initial_lr": group["lr"]} for group in old], new])
+        resume_by_name(today, net)
+        with pytest.warns(UserWarning, match="group 'head' has new parameters only, and begins with the lr 0.01"):
+            today.load_state_dict(torch.optim.SGD(old).state_dict())
+
     def test_a_tied_parameter_under_its_other_name(self):
         class Tied(nn.Module):
             def __init__(self, order):
@@ -278,6 +330,36 @@ class TestOtherParameters:
         two.load_state_dict(one.state_dict())
         assert two.state[after.a.weight]["step"] == 1
 
+    def test_parameters_that_were_tied_since(self):
+        class Three(nn.Module):
+            def __init__(self, names):
+                super().__init__()
+                for name in names:
+                    self.add_module(name, nn.Linear(2, 2, bias=False))
+
+        def optimizer(model):
+            (group,) = build_decay_groups(model, {"*": 0.0})
+            built = torch.optim.SGD([group.as_param_group()], lr=0.1, momentum=0.9)
+            resume_by_name(built, model)
+            return built
+
+        before = Three("abc")
+        one = optimizer(before)
+        for number, parameter in enumerate(before.parameters(), start=1):
+            parameter.grad = torch.full((2, 2), float(number))
+        one.step()
+        after = Three("abcd")
+        after.b.weight = after.a.weight
+        two = optimizer(after)
+        with (
+            pytest.warns(UserWarning, match="states of 1 parameters that are tied to others now"),
+            pytest.warns(UserWarning, match=r"no optimizer state of 'd\.weight'"),
+        ):
+            two.load_state_dict(one.state_dict())
+        assert torch.equal(two.state[after.a.weight]["momentum_buffer"], torch.full((2, 2), 1.0))
+        assert torch.equal(two.state[after.c.weight]["momentum_buffer"], torch.full((2, 2), 3.0))
+        assert after.d.weight not in two.state
+
     def test_a_parameter_of_another_shape(self):
         first = Run({"*": 0.1}).train(1)
         second = Run({"*": 0.1})
@@ -289,6 +371,35 @@ class TestOtherParameters:
         ):
             second.optimizer.load_state_dict(first.checkpoint()[1])
         assert not second.optimizer.state
+
+    @pytest.mark.parametrize("way", [lambda name: f"model.{name}", lambda name: name.removeprefix("net.")])
+    def test_names_of_a_part_of_the_model_or_of_one_around_it(self, way):
+        class Outer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.net = Net()
+
+        first, model = Run({"*": 0.1}).train(2), Outer()
+        state = first.checkpoint()[1]
+        state["param_groups"][0]["param_names"] = [
+            way(f"net.{name}") for name in state["param_groups"][0]["param_names"]
+        ]
+        groups = build_decay_groups(model, {"*.bias": 0.0, "*": 0.1})
+        optimizer = torch.optim.AdamW([group.as_param_group() for group in groups], lr=0.01)
+        resume_by_name(optimizer, model)
+        optimizer.load_state_dict(state)
+        expected = first.state_of("body.bias")["exp_avg"]
+        assert torch.equal(optimizer.state[model.net.body.bias]["exp_avg"], expected)
+
+    def test_names_of_another_model(self):
+        state = Run({"*": 0.1}).train(1).checkpoint()[1]
+        state["param_groups"][0]["param_names"] = [f"layer{i}.w" for i in range(6)]
+        today = Run({"*": 0.1})
+        with pytest.raises(
+            ValueError, match="not one of the parameters that the optimizer state in the checkpoint names"
+        ):
+            today.optimizer.load_state_dict(state)
 
     def test_names_with_the_prefixes_of_wrappers(self):
         first = Run({"*": 0.1}).train(2)
@@ -341,11 +452,44 @@ class TestOtherStrengths:
         assert second.group("rest")["lr"] == 0.01
         assert log() == ["lr of group 'rest': 0.01 (checkpoint) goes on, 0.5 is configured"]
 
+    def test_a_strength_that_differs_in_the_last_digits_only(self, log):
+        first = Run({"*": 0.1}).train(1)
+        Run({"*": 0.1000001}).load(first.checkpoint())
+        assert log() == ["weight decay of group 'rest': 0.1 (checkpoint) → 0.1 (rules)"]
+
+    def test_other_options_stay_those_of_the_checkpoint_and_say_so(self, log):
+        first = Run({"*": 0.1}).train(1)
+        second = Run({"*": {"weight_decay": 0.1, "options": {"betas": [0.5, 0.6]}}}).load(first.checkpoint())
+        assert second.group("rest")["betas"] == (0.9, 0.999)
+        assert log() == ["betas of group 'rest': (0.9, 0.999) (checkpoint) goes on, (0.5, 0.6) is configured"]
+
+    @pytest.mark.parametrize(
+        ("before", "today"), [("Adamax", "AdamW"), ("RAdam", "AdamW"), ("AdamW", "RAdam"), ("SGD", "RMSprop")]
+    )
+    def test_another_optimizer_of_the_same_family(self, before, today):
+        first = Run({"*": 0.1}, getattr(torch.optim, before)).train(1)
+        with pytest.raises(ValueError, match=f"in the checkpoint is not that of {today}: it "):
+            Run({"*": 0.1}, getattr(torch.optim, today)).load(first.checkpoint())
+
+    @pytest.mark.skipif(
+        "decoupled_weight_decay" not in torch.optim.AdamW([torch.ones(1)]).defaults, reason="older torch"
+    )
+    def test_an_optimizer_of_the_other_kind_of_decay(self):
+        first = Run({"*": 0.1}, torch.optim.AdamW).train(1)
+        with pytest.raises(ValueError, match="is not that of Adam: its decoupled_weight_decay is True"):
+            Run({"*": 0.1}, torch.optim.Adam).load(first.checkpoint())
+
+    def test_keys_of_the_users_own_are_no_other_optimizer(self):
+        first = Run({"*": 0.1})
+        first.optimizer.param_groups[0]["layer"] = 7
+        second = Run({"*": 0.1}).load(first.train(1).checkpoint())
+        assert second.group("rest")["layer"] == 7
+
     def test_another_optimizer(self):
         first = Run({"*": 0.1}, OPTIMIZERS["SGD"]).train(1)
         second = Run({"*": 0.1})
         message = (
-            "not that of AdamW: it has the options 'dampening', 'momentum', 'nesterov' and lacks 'amsgrad', 'betas'"
+            "not that of AdamW: it has the options 'dampening', 'momentum', 'nesterov' and it lacks 'amsgrad', 'betas'"
         )
         with pytest.raises(ValueError, match=message):
             second.load(first.checkpoint())
@@ -361,6 +505,21 @@ class TestSchedules:
         assert [group["weight_decay"] for group in second.optimizer.param_groups] == pytest.approx([0.5, 0.5])
         assert_same_weights(second.train(7, first=5).net, whole.net)
 
+    def test_the_live_strength_is_there_before_the_first_step(self, tmp_path):
+        class Lit(LitHparams):
+            def on_train_start(self):
+                self.seen = self.optimizers().param_groups[0]["weight_decay"]
+
+        def fit(epochs, **options):
+            model = Lit(decay_rules={"*": {"schedule": "linear", "start": 0.0, "end": 1.2, "steps": 12}})
+            checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+            run = trainer(max_epochs=epochs, callbacks=[checkpoint], enable_checkpointing=True)
+            run.fit(model, **options)
+            return model
+
+        fit(1)
+        assert fit(2, ckpt_path=tmp_path / "epoch=0.ckpt").seen == pytest.approx(0.3)
+
     def test_a_new_one_counts_the_steps_of_the_checkpoint(self, log):
         first = Run({"*": 0.1}).train(5)
         second = Run({"*": self.SCHEDULE}).load(first.checkpoint()).train(1, first=5)
@@ -373,6 +532,25 @@ class TestSchedules:
         assert second.group("rest")["weight_decay"] == 0.3
         assert "decay_schedule" not in second.group("rest")
         assert log() == ["weight decay of group 'rest': linear 0 to 1.2 (checkpoint) → 0.3 (rules)"]
+
+    def test_that_of_the_checkpoint_needs_somebody_to_follow_it(self):
+        first = Run({"*": self.SCHEDULE}).train(5)
+        net = Net()
+        (group,) = build_decay_groups(net, {"*": 0.3})
+        optimizer = torch.optim.AdamW([group.as_param_group()], lr=0.01)
+        resume_by_name(optimizer, net, weight_decay="checkpoint")
+        optimizer.load_state_dict(first.checkpoint()[1])
+        with pytest.raises(RuntimeError, match="schedules of the weight decay, which nobody follows"):
+            optimizer.step()
+
+    def test_a_peak_that_has_changed(self, log):
+        follow = {"schedule": "follow_lr", "start": 0.1, "peak_lr": 0.1}
+        first = Run({"*": follow}).train(2)
+        second = Run({"*": {**follow, "peak_lr": 1.0}}).load(first.checkpoint())
+        assert second.group("rest")["weight_decay"] == pytest.approx(0.001)
+        assert log() == [
+            "weight decay of group 'rest': follow_lr 0.1 at lr 0.1 (checkpoint) → follow_lr 0.1 at lr 1 (rules)"
+        ]
 
     def test_that_of_the_checkpoint_on_request(self):
         first = Run({"*": self.SCHEDULE}).train(5)
@@ -407,8 +585,17 @@ class TestCheckpointsWithoutNames:
     @pytest.mark.parametrize("order", ORDERS)
     def test_are_read_in_the_order_of_the_model(self, order, log):
         before = self.before(self.ORDERS[order])
-        assert_same_state(self.resumed(before), before, [name for name, _ in before.net.named_parameters()])
-        assert "read in the order of model.parameters()" in log()[0]
+        in_doubt = contextlib.nullcontext()
+        if order == "part after part":  # of the norm, or of the body, the biases have the same shape
+            text = (
+                "group after group ('body.weight' to 'body.bias'; 'norm.weight' to 'head.bias'), but shapes would allow"
+            )
+            in_doubt = pytest.warns(UserWarning, match=re.escape(text))
+        with in_doubt:
+            after = self.resumed(before)
+        assert_same_state(after, before, [name for name, _ in before.net.named_parameters()])
+        told = [line for line in log() if "read in the order of model.parameters()" in line]
+        assert len(told) == (order != "part after part")
 
     def test_with_frozen_parameters_left_out_or_not(self):
         def trainable(net):
@@ -569,6 +756,27 @@ class TestLightning:
         _, kept = self.fit(tmp_path / "3", {"*.bias": 0.0, "*": 0.5}, 2, ckpt_path=path, decay_resume="checkpoint")
         assert kept.history[-1]["decay/rest/weight_decay"] == 0.1
 
+    def test_a_scheduler_that_a_subclass_adds(self, tmp_path):
+        class Adds(LitHparams):
+            def configure_optimizers(self):
+                optimizer = super().configure_optimizers()
+                # Unlike others it computes the lr anew from its list of first values.
+                scheduler = schedulers.LambdaLR(optimizer, lambda step: 0.9**step)
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        def fit(name, rules, epochs, **options):
+            model = Adds(decay_rules=rules)
+            checkpoint = ModelCheckpoint(tmp_path / name, filename="{epoch}", save_top_k=-1)
+            trainer(callbacks=[checkpoint], enable_checkpointing=True, max_epochs=epochs).fit(model, **options)
+            return model
+
+        bias, rest = {"weight_decay": 0.1, "options": {"lr": 0.02}}, {"weight_decay": 0.1, "options": {"lr": 0.01}}
+        whole = fit("whole", {"*.bias": bias, "*": rest}, 3)
+        fit("first", {"*.bias": bias, "*": rest}, 1)
+        rules = {"*weight": rest, "head.bias": bias, "*.bias": bias}
+        resumed = fit("second", rules, 3, ckpt_path=tmp_path / "first" / "epoch=0.ckpt")
+        assert_same_weights(resumed, whole)
+
     def test_a_checkpoint_from_before_the_mixin(self, tmp_path):
         class Before(LitBase):
             def configure_optimizers(self):
@@ -601,8 +809,8 @@ class TestLightning:
     def test_a_run_that_was_killed_in_mid_epoch(self, kind, tmp_path):
         program = Path(__file__).with_name("resuming_run.py")
         expected = run_python(program, kind, "whole", "never", cwd=tmp_path, timeout=120)
-        with pytest.raises(AssertionError):  # killed at the end of step 7 of 12, after the checkpoint of step 6
-            run_python(program, kind, "killed", 7, cwd=tmp_path, timeout=120)
+        # Killed at the end of step 7 of 12, after the checkpoint of step 6.
+        run_python(program, kind, "killed", 7, cwd=tmp_path, timeout=120, returncode=-signal.SIGKILL)
         assert not (tmp_path / "killed.json").exists()
         assert "resumed at step 6" in run_python(program, kind, "killed", "never", cwd=tmp_path, timeout=120)
         assert (tmp_path / "killed.json").read_text() == (tmp_path / "whole.json").read_text()

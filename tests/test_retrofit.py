@@ -56,7 +56,7 @@ def record(model):
         while stack:
             part = stack.pop()
             if isinstance(part, torch.optim.Optimizer):
-                part.register_step_pre_hook(log)
+                part.register_step_post_hook(log)
             elif isinstance(part, dict):
                 stack.append(part.get("optimizer"))
             elif isinstance(part, (list, tuple)):

@@ -6,7 +6,9 @@ import copy
 import io
 import math
 import re
+import warnings
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -16,8 +18,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor, build_decay_groups
+from lightning_regdecay.following import refresh_schedules, schedule_weight_decay
 from lightning_regdecay.rules import parse_rules, plain_rules, rules_by_group
-from lightning_regdecay.schedules import DecaySchedule, refresh_schedules, schedule_weight_decay
+from lightning_regdecay.schedules import DecaySchedule
 
 DINO = {"schedule": "cosine", "start": 0.04, "end": 0.4}
 
@@ -58,16 +61,25 @@ class TestFormulas:
 
     @pytest.mark.parametrize("kind", ["linear", "cosine", "exponential"])
     def test_a_delay_holds_the_start(self, kind):
-        schedule = DecaySchedule(kind, 0.1, 0.4)
-        values = [schedule.value(t, length=4, delay=3) for t in range(8)]
+        values = [DecaySchedule(kind, 0.1, 0.4).value(t, length=4, delay=3) for t in range(8)]
+        p = np.arange(1, 5) / 4
+        expected = {
+            "linear": 0.1 + 0.3 * p,
+            "cosine": 0.25 - 0.15 * np.cos(np.pi * p),
+            "exponential": 0.1 * 4**p,
+        }
         assert values[:4] == [0.1] * 4
-        assert values[4:] == [schedule.value(t, length=4) for t in range(1, 5)]
+        assert values[4:] == pytest.approx(list(expected[kind]), rel=1e-12)
 
     def test_constant_begins_after_its_delay(self):
         assert [DecaySchedule("constant", 0.1).value(t, delay=2) for t in range(4)] == [0.0, 0.0, 0.1, 0.1]
 
     def test_follow_lr(self):
         assert DecaySchedule("follow_lr", 0.1).value(5, lr=0.01, peak_lr=0.04) == pytest.approx(0.025)
+
+    def test_a_length_that_is_missing(self):
+        with pytest.raises(ValueError, match="a cosine schedule needs length, the optimizer steps that it goes over"):
+            DecaySchedule(**DINO).value(3)
 
     def test_timescale(self):
         # Wang & Aitchison 2024, arXiv 2405.13698: τ = 1 / (lr · λ).
@@ -161,6 +173,10 @@ class TestMistakes:
         with pytest.raises(TypeError, match=r"weight_decay must be a number or a schedule, such as {schedule: cosine"):
             DecayRule({"start": 0.1})
 
+    def test_a_schedule_that_does_not_say_which(self):
+        with pytest.raises(TypeError, match=r"unknown field 'start'.*a schedule says which one it is, as in"):
+            parse_rules({"*": {"start": 0.04, "end": 0.4}})
+
     def test_two_schedules_for_one_group(self):
         with pytest.raises(ValueError, match="share the group 'a' but disagree on weight_decay"):
             parse_rules([DecayRule(DINO, params="a.*", group="a"), DecayRule(0.1, params="b.*", group="a")])
@@ -183,7 +199,7 @@ class TestMistakes:
         model = LitHparams(decay_rules={"*": DINO})
         optimizer = model.configure_optimizers()
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match=re.escape("its times in steps, or call lightning_regdecay.schedules.")):
+        with pytest.raises(ValueError, match=re.escape("its times in steps, or call lightning_regdecay.following.")):
             optimizer.step()
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         schedule_weight_decay(optimizer, total_steps=100)
@@ -203,7 +219,16 @@ class TestMistakes:
             def configure_optimizers(self):
                 return torch.optim.SGD([group.as_param_group() for group in self.decay_groups], lr=0.1)
 
-        with pytest.raises(RuntimeError, match="SGD was built over decay groups with schedules, which nobody follows"):
+        model = Forgetful(decay_rules={"*": DINO})
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(
+            RuntimeError, match=r"which nobody follows; call lightning_regdecay\.following\.schedule_weight"
+        ):
+            trainer().fit(model)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        with pytest.raises(
+            RuntimeError, match="SGD has param groups with schedules of the weight decay, which nobody follows"
+        ):
             strengths({"*": DINO}, model=Forgetful)
 
 
@@ -233,8 +258,8 @@ class TestTraining:
         assert all(torch.equal(p, names[name]) for name, p in model.named_parameters())
 
     def test_over_the_run(self):
-        expected = [DecaySchedule(**DINO).value(t, length=8) for t in range(8)]
-        assert strengths({"*": DINO}) == expected
+        expected = 0.4 + (0.04 - 0.4) * (1 + np.cos(np.pi * np.arange(8) / 8)) / 2
+        assert strengths({"*": DINO}) == pytest.approx(list(expected), rel=1e-12)
 
     def test_over_epochs_after_a_delay(self):
         schedule = {"schedule": "linear", "start": 0, "end": 4, "epochs": 0.5, "delay_epochs": 1.25}
@@ -278,6 +303,36 @@ class TestTraining:
         last = {key: [record[key] for record in monitor.history] for key in monitor.history[0]}
         assert last["decay/SGD/rest/weight_decay"] == [0, 1, 2, 3, 4, 5, 6, 7]
         assert last["decay/AdamW/rest/weight_decay"] == [8, 8, 8, 6, 6, 4, 4, 2]
+
+    def test_manual_optimization_has_no_length_of_its_own(self):
+        class Manual(LitHparams):
+            automatic_optimization = False
+
+            def training_step(self, batch, batch_idx):
+                self.manual_backward(self.training_step_loss(batch))
+                self.optimizers().step()
+
+        with pytest.raises(
+            ValueError, match="group 'rest' needs the length of the run, which is not known here; give the"
+        ):
+            strengths({"*": DINO}, model=Manual)
+        assert strengths({"*": {"schedule": "linear", "start": 0, "end": 8, "steps": 8}}, model=Manual) == [*range(8)]
+
+    def test_a_first_step_with_lr_zero_counts(self):
+        layer = nn.Linear(2, 2)
+        (group,) = build_decay_groups(layer, {"*": {"schedule": "linear", "start": 0, "end": 1, "steps": 10}})
+        optimizer = torch.optim.SGD([group.as_param_group()], lr=0.0)
+        schedule_weight_decay(optimizer)
+        for _ in range(3):
+            layer(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        assert optimizer.param_groups[0]["weight_decay"] == 0.2
+
+    def test_accumulation_that_changes_has_no_length_of_its_own(self):
+        changing = L.pytorch.callbacks.GradientAccumulationScheduler({0: 1, 1: 2})
+        model = LitHparams(decay_rules={"*": DINO})
+        with pytest.raises(ValueError, match="group 'rest' needs the length of the run, which is not known here"):
+            trainer(max_epochs=2, callbacks=[changing]).fit(model)
 
     def test_the_table_shows_it(self, capsys):
         monitor = WeightDecayMonitor()
@@ -324,11 +379,50 @@ class TestFollowLr:
     def test_one_that_does_not_say_its_peak(self):
         schedulers = torch.optim.lr_scheduler
         with pytest.warns(
-            UserWarning, match=r"the lr of group 'rest' is 0.004, above the peak 0.001.*give the schedule peak_lr"
+            UserWarning, match=r"the lr of group 'rest' is 0.002, above the peak 0.001.*give the schedule peak_lr"
         ):
-            self.scheduled(LitHparams, lambda o: schedulers.LambdaLR(o, lambda step: 4.0))
+            seen = self.scheduled(LitHparams, lambda o: schedulers.LambdaLR(o, lambda step: 1.0 + step))
+        assert {decay for _, decay in seen} == {0.1}
         seen = self.scheduled(LitHparams, lambda o: schedulers.LambdaLR(o, lambda step: 1.0 + step), peak_lr=0.01)
         assert [decay for _, decay in seen] == pytest.approx([0.1 * lr / 0.01 for lr, _ in seen], rel=1e-12)
+
+    def test_an_lr_that_was_changed_without_a_scheduler_of_torchs(self):
+        layer = nn.Linear(2, 2)
+        (group,) = build_decay_groups(layer, {"*": {"schedule": "follow_lr", "start": 0.1}})
+        optimizer = torch.optim.SGD([group.as_param_group()], lr=0.1)
+        schedule_weight_decay(optimizer)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+        for _ in range(3):
+            optimizer.step()
+            scheduler.step(1.0)
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-3)
+        assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(1e-3)
+
+    @pytest.mark.parametrize(
+        "schedule", [{"schedule": "follow_lr", "start": 0.1}, {"schedule": "timescale", "steps": 10}]
+    )
+    def test_the_peak_stays_when_others_rewrite_the_first_lr(self, schedule):
+        optimizer = plain_optimizer(schedule)
+        schedule_weight_decay(optimizer)
+        peak = optimizer.param_groups[0]["weight_decay"]
+        for lr in (1e-8, 0.05, 0.1):  # as stochastic weight averaging and the learning rate finder do
+            optimizer.param_groups[0]["initial_lr"] = optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            part = 1.0 if schedule["schedule"] == "timescale" else lr / 0.1
+            assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(part * peak)
+
+    def test_a_warning_comes_once_for_a_run(self):
+        for _ in range(2):
+            optimizer = plain_optimizer({"schedule": "follow_lr", "start": 0.1})
+            schedule_weight_decay(optimizer)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for lr in (0.2, 0.3, 0.4):
+                    optimizer.param_groups[0]["lr"] = lr
+                    optimizer.step()
+            assert ["above the peak 0.1" in str(warning.message) for warning in caught] == [True]
+            assert optimizer.param_groups[0]["weight_decay"] == 0.1
 
     def test_an_lr_of_zero(self):
         with pytest.raises(ValueError, match="needs the peak of the lr, which is 0"):
@@ -339,6 +433,14 @@ class TestTimescale:
     def test_of_epochs_and_of_steps(self, capsys):
         assert strengths({"*": {"schedule": "timescale", "epochs": 10}}) == [pytest.approx(1 / (0.01 * 40))] * 8
         assert strengths({"*": {"schedule": "timescale", "steps": 200}}) == [pytest.approx(1 / (0.01 * 200))] * 8
+
+    def test_it_stays_when_the_lr_goes_down(self):
+        optimizer = plain_optimizer({"schedule": "timescale", "steps": 10})
+        schedule_weight_decay(optimizer)
+        for lr in (0.1, 0.05, 0.01):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(1.0)
 
     def test_it_takes_the_peak_of_the_lr(self):
         def build(groups):
@@ -426,6 +528,31 @@ class TestPlainPytorch:
         assert second.param_groups[0]["weight_decay"] == expected[3]
         assert begin + steps(second, 5) == expected
 
+    @pytest.mark.parametrize("steps_itself", [False, True])
+    def test_an_optimizer_around_another(self, steps_itself):
+        """As sharpness-aware minimization and lookahead are written: the param groups are shared."""
+
+        class Outer(torch.optim.Optimizer):
+            def __init__(self, params, **options):
+                self.inner = torch.optim.AdamW(params, **options)
+                super().__init__(self.inner.param_groups, self.inner.defaults)
+                self.param_groups = self.inner.param_groups
+
+            def step(self, closure=None):
+                self.inner.step()
+
+        optimizer = plain_optimizer({"schedule": "linear", "start": 0, "end": 1, "steps": 10}, Outer)
+        schedule_weight_decay(optimizer)
+        for _ in range(4):
+            optimizer.step() if steps_itself else optimizer.inner.step()
+        assert optimizer.inner.param_groups[0]["weight_decay"] == 0.3
+
+    def test_a_copy_of_an_optimizer_has_to_be_followed_too(self):
+        optimizer = plain_optimizer(DINO)
+        schedule_weight_decay(optimizer, total_steps=10)
+        with pytest.raises(RuntimeError, match="which nobody follows"):
+            copy.deepcopy(optimizer).step()
+
     def test_a_second_call_changes_the_length(self):
         optimizer = plain_optimizer({"schedule": "linear", "start": 0, "end": 1})
         schedule_weight_decay(optimizer, total_steps=10)
@@ -504,9 +631,7 @@ class TestKindsOfOptimizers:
         assert optimizer.param_groups[0]["weight_decay"] is held
 
 
-def test_a_model_with_its_own_optimizer_per_part():
-    """The mixin's own configure_optimizers follows schedules in every group."""
-
+def test_the_mixin_follows_a_schedule_in_every_group():
     class Parts(WeightDecayMixin, LitBase):
         decay_rules = {"head.*": {"schedule": "linear", "start": 4, "end": 0}, "*": DINO}
 

@@ -1,0 +1,143 @@
+"""What checkpoints hold of an optimizer, by parameter name."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_regdecay.parameters import ModelParameter, plain_name
+from lightning_regdecay.unnamed import names_by_order
+
+
+class SavedState(NamedTuple):
+    """What a checkpoint holds of an optimizer, by parameter name."""
+
+    groups: list[dict[str, Any]]
+    """Its param groups."""
+    group_of: dict[str, int]
+    """Parameter name to the number of its group."""
+    key_of: dict[str, Any]
+    """Parameter name to its key in the state."""
+    keys: set[Any]
+    """All keys in the state that are of parameters."""
+    state: dict[Any, Any]
+
+
+def read_state(
+    state_dict: Mapping[str, Any], groups: list[dict[str, Any]] | None, known: Sequence[ModelParameter]
+) -> SavedState:
+    """A state of an optimizer by parameter name.
+
+    Args:
+        state_dict: of an optimizer.
+        groups: the param groups, where ``torch.distributed.checkpoint`` has left those of the state incomplete.
+        known: the parameters of the model.
+    """
+    names = saved_names(state_dict["param_groups"], state_dict, known)
+    key_of: dict[str, Any] = {}
+    for group, own in zip(state_dict["param_groups"], names):
+        for name, key in zip(own, group["params"]):
+            key_of.setdefault(name, key)  # the first of parameters that are tied by now
+    keys = {key for group in state_dict["param_groups"] for key in group["params"]}
+    if groups is None:
+        groups = state_dict["param_groups"]
+    else:
+        names = saved_names(groups, state_dict, known)
+    group_of = {name: number for number, own in enumerate(names) for name in own if name}
+    key_of.pop("", None)
+    return SavedState(groups, group_of, key_of, keys, dict(state_dict["state"]))
+
+
+def first_names(names: Iterable[Iterable[str]], known: Sequence[ModelParameter]) -> list[list[str]]:
+    """The names of the parameters of each group without wrappers; of a tied parameter the first."""
+    first = {name: parameter.name for parameter in known for name in parameter.names}
+    plain = [[plain_name(name) for name in own] for own in names]
+    given = {name for own in plain for name in own if name}
+    if first and given and given.isdisjoint(first):
+        renamed = _with_prefix(given, first)
+        plain = [[renamed.get(name, name) for name in own] for own in plain]
+    return [[first.get(name, name) for name in own] for own in plain]
+
+
+def _with_prefix(given: set[str], known: Collection[str]) -> dict[str, str]:
+    """Names as the model has them for names of which it has not one, because they were made from a part of it.
+
+    Raises:
+        ValueError: where no prefix, or more than one, makes all of them names of the model.
+    """
+    one = next(iter(given))
+    longer = {name.removesuffix(one) for name in known if name.endswith(f".{one}")}
+    ways = [{name: prefix + name for name in given} for prefix in longer]
+    shorter = {one[: len(one) - len(name)] for name in known if one.endswith(f".{name}")}
+    ways += [{name: name.removeprefix(prefix) for name in given} for prefix in shorter]
+    fitting = [way for way in ways if all(name in known for name in way.values())]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"not one of the parameters that the optimizer state in the checkpoint names ({one!r} and others) is of "
+            f"the model ({next(iter(known))!r} and others), and it is not clear which is which; resume with the model "
+            "that it is of, or start the run from the weights alone"
+        )
+    return fitting[0]
+
+
+def groups_in_folder(path: Path) -> list[list[dict[str, Any]]]:
+    """The param groups of each optimizer in a folder of ``torch.distributed.checkpoint``."""
+    # Slow to import, and of no use to most.
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    # planner_data of torch (2.6 to 2.13) has for each key the path to it, as a tuple.
+    reader = FileSystemReader(path)
+    metadata = reader.read_metadata()
+    places = {key: place for key, place in (metadata.planner_data or {}).items() if "param_groups" in place}
+    if not places:
+        raise ValueError(f"the checkpoint {str(path)!r} has no optimizer state")
+    found: dict[str, Any] = {}
+    for key in places:
+        stored = metadata.state_dict_metadata[key]
+        # Where a value is no tensor, anything holds its place.
+        found[key] = (
+            torch.empty(stored.size, dtype=stored.properties.dtype)
+            if isinstance(stored, TensorStorageMetadata)
+            else None
+        )
+    load(found, storage_reader=reader)
+    # Such as ("optimizer_0", "param_groups", 2, "decay_schedule", "start") in nested dictionaries.
+    tree: dict[Any, Any] = {}
+    for key, place in places.items():
+        inner = tree
+        cut = place.index("param_groups")
+        for part in (place[:cut], *place[cut + 1 : -1]):
+            inner = inner.setdefault(part, {})
+        inner[place[-1]] = found[key]
+    return [[groups[number] for number in sorted(groups)] for groups in tree.values()]
+
+
+def groups_in_file(path: Path) -> list[list[dict[str, Any]]]:
+    """The param groups of each optimizer in a checkpoint of Lightning in one file."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:  # the user's own objects, which were loaded as such a moment ago
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(
+            f"{str(path)!r} is no checkpoint of Lightning with optimizer states; a checkpoint of "
+            "torch.distributed.checkpoint is a folder"
+        )
+    return [state["param_groups"] for state in checkpoint["optimizer_states"]]
+
+
+def saved_names(
+    groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any], known: Sequence[ModelParameter]
+) -> list[list[str]]:
+    """The names of the parameters of each param group of a checkpoint, without wrappers; of a tied one the first."""
+    if all(isinstance(key, str) for group in groups for key in group["params"]):  # of torch.distributed.checkpoint
+        return first_names([group["params"] for group in groups], known)
+    if all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
+        return first_names([group["param_names"] for group in groups], known)
+    return names_by_order({**state_dict, "param_groups": groups}, known)

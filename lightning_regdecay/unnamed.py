@@ -1,0 +1,131 @@
+"""Optimizer states without parameter names: which is whose, by the order of the model and the shapes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_regdecay.parameters import ModelParameter
+
+IDENTITY_KEYS = {"params", "param_names", "name"}
+"""What a param group is, beside how it is trained."""
+_MOST_WAYS = 10_000  # to put groups together, at a time
+_WRITE_NAMES = (
+    "write the names into the checkpoint, for each group as state['param_groups'][i]['param_names'] = [...] (in a "
+    "checkpoint of Lightning state is checkpoint['optimizer_states'][0])"
+)
+
+
+def names_by_order(state_dict: Mapping[str, Any], known: Sequence[ModelParameter]) -> list[list[str]]:
+    """Names for groups without any, which are in the order of ``model.parameters()``.
+
+    Either the groups follow each other in that order; or each for itself is in it, as in "all weights, then all
+    biases", which counts where the shapes in the state leave one way only.
+
+    Args:
+        state_dict: of an optimizer.
+        known: the parameters of the model.
+
+    Raises:
+        ValueError: where neither is so.
+    """
+    groups = state_dict["param_groups"]
+    states = [[state_dict["state"].get(key, {}) for key in group["params"]] for group in groups]
+    count = sum(map(len, states))
+    trainable = [parameter for parameter in known if parameter.parameter.requires_grad]
+    for order in (known, trainable):
+        numbers = None
+        if len(order) == count:
+            interleaved, ways = _interleaved(states, order)
+            numbers = _one_after_the_other(states, groups, order) or (interleaved if ways == 1 else None)
+        if numbers is not None:
+            _tell([[order[number].name for number in own] for own in numbers], only_way=ways == 1)
+            return [[order[number].name for number in own] for own in numbers]
+    raise ValueError(
+        f"the optimizer state in the checkpoint has no parameter names, and its {count} parameters in {len(groups)} "
+        f"groups fit the {len(known)} of the model ({len(trainable)} trainable) in no way, or in several; "
+        f"{_WRITE_NAMES}"
+    )
+
+
+def _tell(names: Sequence[Sequence[str]], only_way: bool) -> None:
+    """Say how a state without names was read, louder where it could have been meant in another way."""
+    text = "the optimizer state in the checkpoint has no parameter names: it is read in the order of model.parameters()"
+    if only_way:
+        rank_zero_info(text)
+        return
+    groups = "; ".join(f"{own[0]!r} to {own[-1]!r}" for own in names if own)
+    rank_zero_warn(
+        f"{text}, group after group ({groups}), but shapes would allow other ways too; where that is wrong, "
+        f"{_WRITE_NAMES}"
+    )
+
+
+def _one_after_the_other(
+    states: Sequence[Sequence[Mapping[str, Any]]],
+    groups: Sequence[Mapping[str, Any]],
+    order: Sequence[ModelParameter],
+) -> list[list[int]] | None:
+    """The places in the order that each group has, where the groups follow each other in it."""
+    in_a_row = [state for group in states for state in group]
+    if not all(fits(state, parameter.parameter) for state, parameter in zip(in_a_row, order)):
+        return None
+    if len(states) > 1 and not any(map(shaped, in_a_row)) and not _have_equal_options(groups):
+        return None  # nothing tells that it is this way
+    ends = itertools.accumulate(map(len, states))
+    return [list(range(end - len(group), end)) for group, end in zip(states, ends)]
+
+
+def _interleaved(
+    states: Sequence[Sequence[Mapping[str, Any]]], order: Sequence[ModelParameter]
+) -> tuple[list[list[int]], int]:
+    """The places in the order that each group has, where each for itself is in it; and the number of ways.
+
+    2 stands for several, and for too many to try.
+    """
+    # From how many parameters of each group are given out, to the ways there and the groups in turn of one of them.
+    ways: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {(0,) * len(states): (1, ())}
+    for parameter in order:
+        longer: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {}
+        for given, (count, turns) in ways.items():
+            for number, group in enumerate(states):
+                if given[number] < len(group) and fits(group[given[number]], parameter.parameter):
+                    now = (*given[:number], given[number] + 1, *given[number + 1 :])
+                    longer[now] = (min(longer.get(now, (0,))[0] + count, 2), (*turns, number))
+        if not longer:
+            return [], 0
+        if len(longer) > _MOST_WAYS:
+            return [], 2
+        ways = longer
+    ((count, turns),) = ways.values()
+    return [[i for i, n in enumerate(turns) if n == own] for own in range(len(states))], count
+
+
+def _have_equal_options(groups: Sequence[Mapping[str, Any]]) -> bool:
+    keys = {key for group in groups for key in group} - IDENTITY_KEYS
+    return all(same(group.get(key), groups[0].get(key)) for group in groups for key in keys)
+
+
+def shaped(state: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors of a parameter's state that are more than one number."""
+    return [value for value in state.values() if isinstance(value, torch.Tensor) and value.ndim > 0]
+
+
+def fits(state: Mapping[str, Any], parameter: torch.Tensor) -> bool:
+    """Whether a state can be of a parameter: some tensor of it has the shape, or is a factor of that (Adafactor)."""
+    tensors = shaped(state)
+    return not tensors or any(
+        tensor.ndim == parameter.ndim and all(a in (1, b) for a, b in zip(tensor.shape, parameter.shape))
+        for tensor in tensors
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values of an option are equal, tensors included."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return a is not None and b is not None and bool(torch.equal(torch.as_tensor(a), torch.as_tensor(b)))
+    return bool(a == b)
