@@ -238,6 +238,8 @@ def _review(
     used = set(taken_by)
     for index, matcher in enumerate(matchers):
         rule = matcher.rule
+        if rule.optional:
+            continue
         label = f"decay rule {index + 1} {rule.selector_text!r}"
         if index in used and len(patterns_of(rule)) < 2 and len(classes_of(rule)) < 2:
             continue

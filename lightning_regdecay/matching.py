@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
 from lightning_regdecay.names import REGEX_PREFIX, hint, literal_text
-from lightning_regdecay.parameters import ModelParameter, Place
+from lightning_regdecay.parameters import ModelParameter, Place, plain_name
 from lightning_regdecay.rules import DecayRule, class_path, class_text, classes_of, compile_pattern, patterns_of
 
 _MOST_NAMES = 5000  # compared on the way to a hint, so that a typo in a huge model is answered at once
+
+_Test: TypeAlias = Callable[[ModelParameter, Place], Any]
 
 
 class Matcher:
@@ -39,7 +42,7 @@ class Matcher:
 class _Condition(NamedTuple):
     """One selector of a rule."""
 
-    holds: Callable[[ModelParameter, Place], Any]
+    holds: _Test
     otherwise: Callable[[ModelParameter, Place], str]
     """What to tell the user where it does not hold."""
 
@@ -72,21 +75,71 @@ def _conditions(rule: DecayRule) -> Iterable[_Condition]:
             lambda parameter, place: f"its module is a {type(place.module).__name__}, not a {wanted}",
         )
     if rule.where is not None:
+        test = _NAMED_TESTS[rule.where]() if isinstance(rule.where, str) else _predicate_test(rule.where)
+        said = "where(...)" if callable(rule.where) else repr(rule.where)
         yield _Condition(
-            lambda parameter, place: _where(rule, parameter, place),
-            lambda parameter, place: "where(...) is false for it",
+            lambda parameter, place: _where(rule, test, parameter, place),
+            lambda parameter, place: f"{said} is false for it",
         )
 
 
-def _where(rule: DecayRule, parameter: ModelParameter, place: Place) -> Any:
-    assert rule.where is not None
+def _where(rule: DecayRule, test: _Test, parameter: ModelParameter, place: Place) -> Any:
     try:
-        return rule.where(place.name, parameter.parameter, place.module)
+        return test(parameter, place)
     except Exception as error:
         raise RuntimeError(
             f"decay rule {rule.selector_text!r} failed on parameter {place.name!r} of {type(place.module).__name__}: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _predicate_test(where: Callable[..., bool]) -> _Test:
+    return lambda parameter, place: where(place.name, parameter.parameter, place.module)
+
+
+def _depthwise_test() -> _Test:
+    def test(parameter: ModelParameter, place: Place) -> bool:
+        channels = getattr(place.module, "in_channels", None)
+        return channels is not None and channels == getattr(place.module, "groups", None)
+
+    return test
+
+
+def _no_weight_decay_test() -> _Test:
+    names_match = functools.cache(_listed_names)
+    return lambda parameter, place: place.lister is not None and names_match(place.lister[0])(_listed_name(place))
+
+
+def _no_weight_decay_keywords_test() -> _Test:
+    keywords = functools.cache(lambda lister: _asked(lister, "no_weight_decay_keywords"))
+    return lambda parameter, place: (
+        place.lister is not None and any(keyword in _listed_name(place) for keyword in keywords(place.lister[0]))
+    )
+
+
+def _listed_names(lister: nn.Module) -> Callable[[str], bool]:
+    """Whether a name is one that a module lists, or matches a glob there."""
+    names = {plain_name(name) for name in _asked(lister, "no_weight_decay")}
+    matches = [compile_pattern(name) for name in names if set(name) & set("*?[")]
+    return lambda name: name in names or any(match(name) for match in matches)
+
+
+def _listed_name(place: Place) -> str:
+    """The name of a parameter as the module that lists what is not to decay sees it."""
+    assert place.lister is not None
+    return place.name.removeprefix(place.lister[1])
+
+
+def _asked(lister: nn.Module, method: str) -> list[str]:
+    """What a module lists; to be asked for once, as some make their lists anew from all their parameters."""
+    return list(getattr(lister, method, list)())
+
+
+_NAMED_TESTS: dict[str, Callable[[], _Test]] = {
+    "depthwise": _depthwise_test,
+    "no_weight_decay": _no_weight_decay_test,
+    "no_weight_decay_keywords": _no_weight_decay_keywords_test,
+}
 
 
 def _class_test(selector: str | type) -> Callable[[type], bool]:

@@ -28,6 +28,9 @@ _WRAPPED = {
 }
 """The attributes under which wrappers hold the user's module: no part of a parameter's name."""
 
+_LISTS = ("no_weight_decay", "no_weight_decay_keywords")
+"""The methods by which vision models list what is not to decay: names of parameters, or globs; parts of names."""
+
 
 class Place(NamedTuple):
     """One place of the model that holds a parameter."""
@@ -36,6 +39,8 @@ class Place(NamedTuple):
     """The full name, wrappers left out."""
     module: nn.Module
     """The module that owns the parameter there."""
+    lister: tuple[nn.Module, str] | None = None
+    """The outermost module around it that lists what is not to decay, and that module's path with a dot at its end."""
 
 
 @dataclass(frozen=True)
@@ -108,20 +113,27 @@ def plain_name(name: str) -> str:
 
 
 def _places(
-    module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()
+    module: nn.Module,
+    path: str = "",
+    above: tuple[nn.Module, ...] = (),
+    lister: tuple[nn.Module, str] | None = None,
 ) -> Iterator[tuple[nn.Parameter, Place]]:
     """Every place of every parameter, in the order of ``named_parameters``; a module inside itself is not entered."""
+    # Of the class or the instance; getattr would ask torch's __getattr__, which is slow where there is nothing.
+    if lister is None and any(hasattr(type(module), method) or method in vars(module) for method in _LISTS):
+        lister = module, path
     if isinstance(module, ParametrizationList):
-        yield from _originals(module, path, owner=above[-2] if len(above) > 1 else module)
+        owner = above[-2] if len(above) > 1 else module
+        yield from ((p, place._replace(lister=lister)) for p, place in _originals(module, path, owner))
     else:
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield parameter, Place(path + name, module)
+                yield parameter, Place(path + name, module, lister)
     # named_children() leaves out a module that is there twice.
     for name, child in module._modules.items():
         if child is not None and child is not module and child not in above:
             inside = path if _is_wrapper(module) else f"{path}{name}."
-            yield from _places(child, inside, (*above, module))
+            yield from _places(child, inside, (*above, module), lister)
 
 
 def _is_wrapper(module: nn.Module) -> bool:

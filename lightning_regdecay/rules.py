@@ -11,6 +11,7 @@ from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, TypeAlias, cast
 
 from lightning_regdecay.names import REGEX_PREFIX, hint, name_of_pattern, safe_name, unique_name
+from lightning_regdecay.presets import is_preset, preset_rules
 from lightning_regdecay.scalars import nonnegative_number, number_of
 from lightning_regdecay.schedules import STRENGTH_KEYS, DecaySchedule
 
@@ -19,6 +20,8 @@ DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any]
 
 _SET_BY_THE_RULE = {"params", "param_names", "name", *STRENGTH_KEYS}
 SELECTORS = {"params", "modules", "min_ndim", "max_ndim", "where"}
+NAMED_TESTS = ("depthwise", "no_weight_decay", "no_weight_decay_keywords")
+"""What ``where`` may be by name, so that text can hold it."""
 _RESERVED_GROUPS = {"total"}  # `<prefix>/total/penalty` is the sum over all groups
 
 
@@ -39,9 +42,13 @@ class DecayRule:
             classes. A name with dots, such as ``"torch.nn.LayerNorm"``, is the class at that path.
         min_ndim: the least number of dimensions of the parameter as the user defined it.
         max_ndim: the largest number of dimensions, likewise.
-        where: any other test, ``where(name, parameter, module) -> bool``; in code only, as text cannot hold it.
+        where: any other test, ``where(name, parameter, module) -> bool``; in code only, as text cannot hold it. Some
+            tests go by name: ``"depthwise"`` for what a convolution with as many groups as input channels owns,
+            ``"no_weight_decay"`` and ``"no_weight_decay_keywords"`` for what the model itself lists, by its methods of
+            these names (see :func:`~lightning_regdecay.presets.timm_rules`).
         group: the name of the group. Rules that share it and agree on strength and options form one group.
         options: other options of the optimizer for this group, such as ``{"lr": 1e-4}``.
+        optional: True for a rule, or some of its patterns and classes, that may find nothing in a model.
 
     Raises:
         TypeError: for a value of the wrong kind.
@@ -60,9 +67,10 @@ class DecayRule:
     modules: str | type | Sequence[str | type] = ()
     min_ndim: int | None = None
     max_ndim: int | None = None
-    where: Callable[..., bool] | None = None
+    where: Callable[..., bool] | str | None = None
     group: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    optional: bool = False
 
     def __post_init__(self) -> None:
         checked = {
@@ -75,6 +83,7 @@ class DecayRule:
             "where": _predicate(self.where),
             "group": _group(self.group),
             "options": _options(self.options),
+            "optional": _optional(self.optional),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -104,7 +113,7 @@ class DecayRule:
             parts.append("modules=" + " | ".join(map(class_text, classes_of(self))))
         parts += [f"{name}={bound}" for name, bound in self._bounds()]
         if self.where is not None:
-            parts.append(f"where={_function_name(self.where)}")
+            parts.append(f"where={_test_name(self.where)}")
         return " & ".join(parts) or "*"
 
     @property
@@ -128,7 +137,8 @@ def parse_rules(rules: DecayRules) -> tuple[DecayRule, ...]:
 
     Args:
         rules: a mapping ``{pattern: λ}``, ``{name: {field: value}}`` or ``{name: DecayRule(...)}``, mixed at will, or a
-            list of ``DecayRule`` objects or their fields.
+            list of ``DecayRule`` objects or their fields, or a preset by its name with its arguments, such as
+            ``{"preset": "timm", "weight_decay": 0.05}``, alone or as an entry of the list.
 
     Raises:
         TypeError: for a form or a field that is not one of these.
@@ -137,10 +147,12 @@ def parse_rules(rules: DecayRules) -> tuple[DecayRule, ...]:
     >>> parse_rules({"*.bias": 0.0, "head": {"params": "head.*", "weight_decay": "1e-3"}})
     (DecayRule(0.0, params='*.bias', group='bias'), DecayRule(0.001, params='head.*', group='head'))
     """
-    if isinstance(rules, Mapping):
+    if is_preset(rules):
+        parsed = _from_preset(cast("Mapping[str, Any]", rules))
+    elif isinstance(rules, Mapping):
         parsed = [_from_item(key, value) for key, value in rules.items()]
     elif isinstance(rules, Sequence) and not isinstance(rules, (str, bytes)):
-        parsed = [_from_entry(index, entry) for index, entry in enumerate(rules)]
+        parsed = [pair for index, entry in enumerate(rules) for pair in _from_entry(index, entry)]
     else:
         advice = "; text must be read first, with yaml.safe_load or json.loads" if isinstance(rules, str) else ""
         raise TypeError(f"decay rules are a mapping or a list of rules, got {type(rules).__name__} {rules!r}{advice}")
@@ -203,6 +215,8 @@ def rules_by_group(rules: Mapping[str, Any]) -> dict[str, Any]:
     >>> rules_by_group({"*.bias": 0.0, "head": {"params": "head.*", "decay_mult": 0.5}})
     {'bias': {'params': '*.bias', 'weight_decay': 0.0}, 'head': {'params': 'head.*', 'decay_mult': 0.5}}
     """
+    if is_preset(rules):
+        return dict(rules)
     named: dict[str, Any] = {}
     for key, value in rules.items():
         is_rule = isinstance(value, Mapping) and not is_schedule(value)
@@ -224,7 +238,7 @@ def classes_of(rule: DecayRule) -> tuple[str | type, ...]:
 def given_fields(rule: DecayRule) -> dict[str, Any]:
     """The fields of a rule that were given, in order."""
     values = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    return {name: value for name, value in values.items() if value is not None and value != () and value != {}}
+    return {name: value for name, value in values.items() if value not in (None, (), {}) and value is not False}
 
 
 @functools.cache
@@ -259,20 +273,30 @@ def _from_item(key: Any, value: Any) -> tuple[str, DecayRule]:
     if not isinstance(value, (DecayRule, Mapping)) or is_schedule(value):  # {pattern: λ}
         value = {"weight_decay": value, "params": key} if value is not None else {}
     label = f"decay rule {key!r}"
+    if is_preset(value):
+        raise TypeError(f"{label}: a preset has groups of its own; write it as an entry of a list, [{dict(value)!r}]")
     rule = _rule(label, value)
     given = given_fields(rule)
     return name_of_pattern(key), rule if _has_selector(given) else _rule(label, {**given, "params": key})
 
 
-def _from_entry(index: int, entry: Any) -> tuple[str, DecayRule]:
-    """The group's name, unless the rule gives one itself, and the rule of one entry of a list."""
+def _from_entry(index: int, entry: Any) -> list[tuple[str, DecayRule]]:
+    """The groups' names, unless the rules give them themselves, and the rules of one entry of a list."""
+    if is_preset(entry):
+        return _from_preset(entry)
     if not isinstance(entry, (DecayRule, Mapping)):
         raise TypeError(
             f"decay rule {index + 1} of the list must be a DecayRule or a mapping of its fields, got {entry!r}; "
             "write DecayRule(0.05, params='*.weight'), or use the mapping {'*.weight': 0.05}"
         )
     rule = _rule(f"decay rule {index + 1} of the list", entry)
-    return _name_from_selectors(rule), rule
+    return [(_name_from_selectors(rule), rule)]
+
+
+def _from_preset(given: Mapping[str, Any]) -> list[tuple[str, DecayRule]]:
+    """The groups' names and the rules that a preset stands for."""
+    rules = [_rule(f"preset {given['preset']!r}", fields) for fields in preset_rules(given)]
+    return [(str(rule.group), rule) for rule in rules]
 
 
 def _rule(label: str, value: DecayRule | Mapping[str, Any]) -> DecayRule:
@@ -303,7 +327,7 @@ def _name_from_selectors(rule: DecayRule) -> str:
     if classes_of(rule):
         return "_".join(name_of_pattern(class_text(selector)) for selector in classes_of(rule))
     bounds = "_".join(f"{name}_{bound}" for name, bound in rule._bounds())
-    return bounds or (safe_name(_function_name(rule.where)) if rule.where else name_of_pattern("*"))
+    return bounds or (safe_name(_test_name(rule.where)) if rule.where else name_of_pattern("*"))
 
 
 def _check_agreement(rules: Sequence[DecayRule]) -> None:
@@ -377,15 +401,22 @@ def _ndim(name: str, value: Any) -> int | None:
     return int(value)
 
 
-def _predicate(value: Any) -> Callable[..., bool] | None:
-    if isinstance(value, str):
+def _predicate(value: Any) -> Callable[..., bool] | str | None:
+    if isinstance(value, str) and value not in NAMED_TESTS:
         raise TypeError(
             f"where must be a function where(name, parameter, module), got the text {value!r}: YAML and checkpoints "
-            "keep only the name of a predicate; pass the rules with the function again, in code"
+            "keep only the name of a predicate; pass the rules with the function again, in code; known by name are "
+            f"{', '.join(NAMED_TESTS)}"
         )
-    if value is not None and not callable(value):
+    if value is not None and not isinstance(value, str) and not callable(value):
         raise TypeError(f"where must be a function where(name, parameter, module), got {value!r}")
     return value  # type: ignore[no-any-return]
+
+
+def _optional(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"optional must be True or False, got {value!r}")
+    return value
 
 
 def _group(value: Any) -> str | None:
@@ -423,6 +454,10 @@ def _option(value: Any) -> Any:
     if isinstance(value, Sequence):
         return tuple(_option(entry) for entry in value)
     return value
+
+
+def _test_name(where: Any) -> str:
+    return where if isinstance(where, str) else _function_name(where)
 
 
 def _function_name(function: Any) -> str:
