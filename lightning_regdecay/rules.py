@@ -325,9 +325,15 @@ def _name_from_selectors(rule: DecayRule) -> str:
     if patterns_of(rule):
         return "_".join(map(name_of_pattern, patterns_of(rule)))
     if classes_of(rule):
-        return "_".join(name_of_pattern(class_text(selector)) for selector in classes_of(rule))
+        return "_".join(name_of_pattern(_class_name(selector)) for selector in classes_of(rule))
     bounds = "_".join(f"{name}_{bound}" for name, bound in rule._bounds())
     return bounds or (safe_name(_test_name(rule.where)) if rule.where else name_of_pattern("*"))
+
+
+def _class_name(selector: str | type) -> str:
+    """An entry of ``modules`` less the path to the class, so that a class and its full name make the same group."""
+    text = class_text(selector)
+    return text if text.startswith(REGEX_PREFIX) else text.rpartition(".")[2]
 
 
 def _check_agreement(rules: Sequence[DecayRule]) -> None:

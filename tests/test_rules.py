@@ -151,6 +151,11 @@ class TestGroupNames:
         assert rules[4].group == "rest"
         assert all(re.fullmatch(r"[A-Za-z0-9_.-]+", rule.group) for rule in rules)
 
+    @pytest.mark.parametrize("text", ["torch.nn.LayerNorm", "torch.nn.modules.normalization.LayerNorm", "LayerNorm"])
+    def test_a_class_and_its_full_name_make_the_same(self, text):
+        (by_class,), (by_name,) = (parse_rules([DecayRule(0.1, modules=m)]) for m in (nn.LayerNorm, text))
+        assert by_class.group == by_name.group == "LayerNorm"
+
     def test_a_given_group_is_made_safe(self):
         assert [DecayRule(0.1, group=name).group for name in ("no decay", "a*", "a?")] == ["no_decay", "a_", "a_"]
 
