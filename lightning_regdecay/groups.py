@@ -44,7 +44,7 @@ class DecayGroup:
     @property
     def numel(self) -> int:
         """The number of scalar parameters, of the whole parameters where they are sharded."""
-        return _numel(self.params.values())
+        return numel_of(self.params.values())
 
     @property
     def strength_text(self) -> str:
@@ -265,7 +265,7 @@ def _review(
 def table_row(name: str, rule: str, parameters: Iterable[Any], weight_decay: object, lr: object) -> list[str]:
     """The cells of one group in a table under ``TABLE_HEADER``."""
     parameters = list(parameters)
-    return [name, rule, f"{len(parameters):,}", f"{_numel(parameters):,}", _cell(weight_decay), _cell(lr)]
+    return [name, rule, f"{len(parameters):,}", f"{numel_of(parameters):,}", _cell(weight_decay), _cell(lr)]
 
 
 def total_row(parameters: Iterable[Any]) -> list[str]:
@@ -283,7 +283,8 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _numel(parameters: Iterable[Any]) -> int:
+def numel_of(parameters: Iterable[Any]) -> int:
+    """The number of scalar parameters, of the whole parameters where they are sharded."""
     return sum(original_shape(parameter).numel() for parameter in parameters)
 
 

@@ -1,0 +1,151 @@
+"""Two sets of rules on one model: which parameters move, and from which λ to which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_regdecay.groups import DecayGroup, DecayGroups, build_decay_groups, numel_of
+from lightning_regdecay.rules import DecayRules
+
+_MOST_PATTERNS = 12  # printed for one move
+
+
+@dataclass(frozen=True, repr=False)
+class Move:
+    """The parameters that go from one group to another of a different λ, or of different options.
+
+    Args:
+        before: the group that they were in.
+        after: the group that they come to.
+        params: parameter name to parameter, in the order of the model.
+    """
+
+    before: DecayGroup
+    after: DecayGroup
+    params: Mapping[str, nn.Parameter]
+
+    def __repr__(self) -> str:
+        return f"Move({self.before.name!r} → {self.after.name!r}, {len(self.params)} tensors)"
+
+    @property
+    def numel(self) -> int:
+        """The number of scalar parameters, of the whole parameters where they are sharded."""
+        return numel_of(self.params.values())
+
+
+@dataclass(frozen=True, repr=False)
+class Comparison:
+    """What other rules change for a model; prints as a table.
+
+    Args:
+        before: the groups by the first rules.
+        after: the groups by the second rules.
+        moves: what moves, none where the two mean the same.
+    """
+
+    before: DecayGroups
+    after: DecayGroups
+    moves: tuple[Move, ...]
+
+    def __str__(self) -> str:
+        everything = [parameter for group in self.before for parameter in group.params.values()]
+        moved = [parameter for move in self.moves for parameter in move.params.values()]
+        tensors = f"{len(moved):,} of {len(everything):,} tensors move"
+        lines = [f"{tensors}, {numel_of(moved):,} of {numel_of(everything):,} parameters"]
+        for move in self.moves:
+            size = f"{len(move.params):,} tensors, {move.numel:,} parameters"
+            lines.append(f"{_group_text(move.before)} → {_group_text(move.after)}: {size}")
+            patterns = _name_patterns(move.params)
+            lines += [f"  {pattern}" for pattern in patterns[:_MOST_PATTERNS]]
+            if len(patterns) > _MOST_PATTERNS:
+                lines.append(f"  … and {len(patterns) - _MOST_PATTERNS:,} lines more")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Comparison({len(self.moves)} moves)"
+
+
+def compare(module: nn.Module, before: DecayRules, after: DecayRules, *, strict: bool = True) -> Comparison:
+    """Find the parameters of a model that other rules give another λ, or other options.
+
+    A parameter whose group has another name only does not move.
+
+    Args:
+        module: the model; on the meta device too.
+        before: rules, as :func:`~lightning_regdecay.build_decay_groups` takes them.
+        after: the other rules.
+        strict: False turns the errors about rules that take nothing into warnings.
+
+    Returns:
+        What moves. It prints as a table, in which the numbers in names are put together: ``layers.[0-11].bias``.
+
+    Raises:
+        TypeError: for rules of an unknown form, or a module that is none.
+        ValueError: for rules that do not fit the model.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4))
+    >>> print(compare(model, {"*.bias": 0.0, "*": 0.05}, {"preset": "ndim", "weight_decay": 0.05}))
+    2 of 8 tensors move, 8 of 56 parameters
+    rest, weight_decay 0.05 → no_decay, weight_decay 0: 2 tensors, 8 parameters
+      [1,3].weight  (2)
+    """
+    groups_before = build_decay_groups(module, before, strict=strict)
+    groups_after = build_decay_groups(module, after, strict=strict)
+    becomes = {name: group for group in groups_after for name in group.params}
+    moves = []
+    for group in groups_before:
+        moved: dict[str, dict[str, nn.Parameter]] = {}
+        for name, parameter in group.params.items():
+            if _treatment(group) != _treatment(becomes[name]):
+                moved.setdefault(becomes[name].name, {})[name] = parameter
+        moves += [Move(group, other, moved[other.name]) for other in groups_after if other.name in moved]
+    return Comparison(groups_before, groups_after, tuple(moves))
+
+
+def _treatment(group: DecayGroup) -> Any:
+    """What the optimizer does with a group; a group of no rule keeps its own weight decay, which is 1 times it."""
+    if group.rule is None:
+        return None, 1.0, {}
+    return group.rule.weight_decay, group.rule.decay_mult, group.rule.options
+
+
+def _group_text(group: DecayGroup) -> str:
+    options = group.rule.options if group.rule is not None else {}
+    given = {"weight_decay": group.strength_text, **options}
+    return ", ".join([group.name, *(f"{name} {value}" for name, value in given.items())])
+
+
+def _name_patterns(names: Iterable[str]) -> list[str]:
+    """Names with their numbers put together, so that a deep model takes a line per kind of parameter.
+
+    >>> _name_patterns(["layers.0.bias", "layers.1.bias", "layers.3.bias", "head.bias"])
+    ['layers.[0-1,3].bias  (3)', 'head.bias']
+    """
+    alike: dict[str, list[list[int]]] = {}
+    for name in names:
+        parts = name.split(".")
+        template = ".".join("{}" if part.isdecimal() else re.sub(r"([{}])", r"\1\1", part) for part in parts)
+        alike.setdefault(template, []).append([int(part) for part in parts if part.isdecimal()])
+    return [
+        template.format(*map(_ranges, zip(*numbers))) + f"  ({len(numbers):,})" * (len(numbers) > 1)
+        for template, numbers in alike.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Numbers as ranges, in brackets where there are several.
+
+    >>> _ranges([0, 1, 2, 5]), _ranges([3, 3])
+    ('[0-2,5]', '3')
+    """
+    found = sorted(set(numbers))
+    if len(found) == 1:
+        return str(found[0])
+    starts = [n for n in found if n - 1 not in found]
+    ends = [n for n in found if n + 1 not in found]
+    return f"[{','.join(str(a) if a == b else f'{a}-{b}' for a, b in zip(starts, ends))}]"
