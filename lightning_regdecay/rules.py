@@ -200,6 +200,21 @@ def plain_rules(rules: Any) -> Any:
     return f"<{rules.__module__}.{_function_name(rules)}>" if callable(rules) else repr(rules)
 
 
+def shortest_rules(rules: DecayRules) -> dict[str, Any] | list[Any]:
+    """The same rules as plain data, in the form that they have, each as short as it can be; numbers are numbers.
+
+    >>> shortest_rules({"*.bias": DecayRule(0.0), "head": {"params": "head.*", "weight_decay": "1e-3"}})
+    {'*.bias': 0.0, 'head': {'weight_decay': 0.001, 'params': 'head.*'}}
+    """
+    parse_rules(rules)  # which finds every mistake
+    if is_preset(rules):
+        return _plain_preset(cast("Mapping[str, Any]", rules))
+    if isinstance(rules, Mapping):
+        return {str(key): _shortest_item(key, value) for key, value in rules.items()}
+    entries = [_plain_preset(entry) if is_preset(entry) else _rule("", entry) for entry in rules]
+    return [plain_rules(entry) for entry in entries]
+
+
 def copied_rules(rules: Any) -> Any:
     """The same rules in containers of their own, so that the user's may change: ``dict`` and ``list``, nested."""
     if isinstance(rules, Mapping):
@@ -278,6 +293,25 @@ def _from_item(key: Any, value: Any) -> tuple[str, DecayRule]:
     rule = _rule(label, value)
     given = given_fields(rule)
     return name_of_pattern(key), rule if _has_selector(given) else _rule(label, {**given, "params": key})
+
+
+def _shortest_item(key: str, value: Any) -> Any:
+    """What stands beside a key in the shortest form of a mapping: λ alone, if it can."""
+    _, rule = _from_item(key, value)
+    given = plain_rules(rule)
+    if given.get("params") == key and len(_SELECTORS & set(given)) == 1:
+        del given["params"]
+    return given["weight_decay"] if list(given) == ["weight_decay"] else given
+
+
+def _plain_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset by name with plain arguments, numbers as numbers."""
+    numbers_read = {name: value if name == "preset" else _argument(value) for name, value in given.items()}
+    return cast("dict[str, Any]", plain_rules(numbers_read))
+
+
+def _argument(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool) else _strength(value)
 
 
 def _from_entry(index: int, entry: Any) -> list[tuple[str, DecayRule]]:

@@ -1,0 +1,73 @@
+"""Rules → text that another project can paste."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from lightning_regdecay.rules import DecayRules, parse_rules, shortest_rules
+from lightning_regdecay.schedules import number_of
+
+
+def rules_as_yaml(rules: DecayRules) -> str:
+    """Write rules as YAML, a line per rule, to be pasted into another project.
+
+    ``yaml.safe_load`` reads it back to the same rules, numbers to the last bit; so do OmegaConf and LightningCLI.
+    Numbers are written so that every reader takes them for numbers (PyYAML takes ``1e-3`` for text). A class among the
+    selectors becomes its full name, which selects the same modules. A preset stays the name that it is given by.
+
+    Args:
+        rules: in any form, see :func:`~lightning_regdecay.rules.parse_rules`.
+
+    Raises:
+        TypeError: for rules of an unknown form.
+        ValueError: for a rule with a predicate of the user's (``where``), or an option that is no plain data; text can
+            hold neither.
+
+    >>> print(rules_as_yaml({"*.bias": 0, "encoder": {"params": ["enc.*", "emb.*"], "weight_decay": "1e-5"}}), end="")
+    '*.bias': 0.0
+    encoder: {weight_decay: 1.0e-05, params: [enc.*, emb.*]}
+    """
+    for number, rule in enumerate(parse_rules(rules), start=1):
+        label = f"decay rule {number} {rule.selector_text!r} cannot be written as YAML"
+        if callable(rule.where):
+            raise ValueError(
+                f"{label}: where is a function, which text cannot hold; select by params, modules, min_ndim and "
+                "max_ndim instead, or leave this rule in code"
+            )
+        for name, value in rule.options.items():
+            if not _is_plain(value):
+                raise ValueError(f"{label}: the option {name!r} is {value!r}, which is no plain data; set it in code")
+    node = yaml.SafeDumper("", sort_keys=False).represent_data(shortest_rules(rules))
+    _lay_out(node)
+    return str(yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=120))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(entry) for pair in value.items() for entry in pair)
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, numbers.Real)) or hasattr(value, "tolist")
+
+
+def _lay_out(root: Any) -> None:
+    """A line per entry of the root, and quotes where a reader may take text for something else."""
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.ScalarNode):
+            node.style = _quotes(node.value) if node.tag == "tag:yaml.org,2002:str" else node.style
+        else:
+            node.flow_style = node is not root
+            nodes += [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
+
+
+def _quotes(text: str) -> str | None:
+    if not text.isprintable():
+        return '"'  # PyYAML (6.0) writes a next line character (U+0085) bare, and reads it as a blank
+    # PyYAML takes 1e-3 for text, the YAML 1.2 readers of OmegaConf and LightningCLI for a number.
+    return None if number_of(text) is None else "'"
