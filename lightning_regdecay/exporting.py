@@ -9,7 +9,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from lightning_regdecay.rules import DecayRules, parse_rules, shortest_rules
-from lightning_regdecay.schedules import number_of
+from lightning_regdecay.scalars import number_of
 
 
 def rules_as_yaml(rules: DecayRules) -> str:

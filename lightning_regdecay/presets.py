@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from lightning_regdecay.names import hint
-from lightning_regdecay.schedules import number_of
+from lightning_regdecay.scalars import number_of
 
 PlainRules: TypeAlias = list[dict[str, Any]]
 

@@ -299,7 +299,7 @@ def _shortest_item(key: str, value: Any) -> Any:
     """What stands beside a key in the shortest form of a mapping: λ alone, if it can."""
     _, rule = _from_item(key, value)
     given = plain_rules(rule)
-    if given.get("params") == key and len(_SELECTORS & set(given)) == 1:
+    if given.get("params") == key and len(SELECTORS & set(given)) == 1:
         del given["params"]
     return given["weight_decay"] if list(given) == ["weight_decay"] else given
 

@@ -46,9 +46,13 @@ def one_or_more(entries):
     return entries | st.lists(entries, min_size=1, max_size=3)
 
 
+NO_OPTIONS = {"params", "param_names", "name", "lr", "weight_decay", "decay_schedule", "decay_step"}
+NOT_NAN = TEXT.filter(lambda text: text.strip().lower().lstrip("+-") != "nan")  # which is not equal to itself
 OPTIONS = st.dictionaries(
-    TEXT.filter(lambda text: text not in {"params", "lr"}),
-    st.one_of(st.booleans(), st.none(), st.integers(), st.floats(allow_nan=False), TEXT, st.lists(NUMBERS, max_size=2)),
+    TEXT.filter(lambda text: text not in NO_OPTIONS),
+    st.one_of(
+        st.booleans(), st.none(), st.integers(), st.floats(allow_nan=False), NOT_NAN, st.lists(NUMBERS, max_size=2)
+    ),
     max_size=2,
 )
 
