@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -109,6 +110,7 @@ class DecayGroups(list[DecayGroup]):
         """The selectors of the rule, or rules, that a group is made of."""
         return " ; ".join(rule.selector_text for rule in self._rules if rule.group == group.name) or "(no rule)"
 
+    @functools.cached_property
     def by_parameter(self) -> dict[nn.Parameter, GroupPlace]:
         """Where the rules put every parameter of the model, frozen ones included."""
         matchers = [Matcher(rule) for rule in self._rules]

@@ -95,7 +95,7 @@ def split_param_group(
     """
     params = param_group["params"]
     entries = [params] if isinstance(params, torch.Tensor) else list(params)
-    by_parameter = groups.by_parameter()
+    by_parameter = groups.by_parameter
     members: dict[tuple[str | None, DecayRule | None], dict[torch.Tensor, str]] = {}
     for entry in entries:
         name, parameter = entry if isinstance(entry, tuple) else ("", entry)  # of named_parameters()
@@ -172,7 +172,7 @@ def _set_strengths_again(optimizer: Optimizer, groups: DecayGroups) -> Callable[
             return
         if any(_ADDED_KEY in param_group for param_group in optimizer.param_groups):
             _keep_lr_together(optimizer)
-        places = groups.by_parameter()
+        places = groups.by_parameter
         for param_group in optimizer.param_groups:
             rules = {places[p].rule for p in param_group["params"] if p in places}
             rule = rules.pop() if len(rules) == 1 else None

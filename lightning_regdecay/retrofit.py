@@ -105,7 +105,7 @@ def configure_by_groups(
 def rule_texts(groups: DecayGroups, config: Any) -> dict[tuple[str, ...], str]:
     """Names of the parameters of each param group to the text of its rule."""
     texts = {}
-    places = groups.by_parameter()
+    places = groups.by_parameter
     by_name = {group.name: groups.rule_text(group) for group in groups}
     for optimizer in optimizers_in(config):
         for param_group in optimizer.param_groups:

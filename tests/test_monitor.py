@@ -442,7 +442,9 @@ class TestSummary:
         first.fit(Other())
         first.save_checkpoint(tmp_path / "x.ckpt")
         run = trainer(max_epochs=2, callbacks=[WeightDecayMonitor()])
-        run.fit(LitRules(), ckpt_path=tmp_path / "x.ckpt")
+        model = LitRules()
+        model.decay_resume = "checkpoint"
+        run.fit(model, ckpt_path=tmp_path / "x.ckpt")
         assert run.optimizers[0].param_groups[-1]["weight_decay"] == 0.77
         assert "0.77" in capsys.readouterr().out
 
