@@ -156,7 +156,14 @@ class _Carrier:
         saved = read_state(state_dict, self._groups_beside(names, known), known)
         _check_same_optimizer(optimizer, saved.groups)
         sources = [self._sources(group, own, saved) for group, own in zip(optimizer.param_groups, names)]
-        steps = _steps_in(saved) or self._steps_done()
+        steps = _steps_in(saved)
+        if steps is None:
+            steps = self._steps_done()
+            if steps == 0 and any(STEP_KEY in group for group in optimizer.param_groups):
+                rank_zero_warn(
+                    "the checkpoint does not tell how many optimizer steps were done: schedules of the weight decay "
+                    "begin anew"
+                )
 
         remarks: list[str] = []
         groups = []
@@ -352,11 +359,11 @@ def _changes(
     return remarks
 
 
-def _steps_in(saved: SavedState) -> int:
-    """The optimizer steps that a checkpoint tells of, 0 where it tells of none."""
+def _steps_in(saved: SavedState) -> int | None:
+    """The optimizer steps that a checkpoint tells of, None where it tells of none."""
     counted = [int(group[STEP_KEY]) for group in saved.groups if STEP_KEY in group]
     own = [state["step"] for state in saved.state.values() if isinstance(state, Mapping) and "step" in state]
-    return max(counted or map(int, own), default=0)
+    return max(counted or map(int, own), default=None)
 
 
 def _warn_of_the_rest(names: set[str], saved: SavedState) -> None:

@@ -526,6 +526,14 @@ class TestSchedules:
         assert second.group("rest")["weight_decay"] == pytest.approx(0.5)
         assert log() == ["weight decay of group 'rest': 0.1 (checkpoint) → linear 0 to 1.2 (rules)"]
 
+    def test_a_new_one_where_the_checkpoint_counts_no_steps(self):
+        first = Run({"*": 0.1}, OPTIMIZERS["SGD"]).train(5)
+        second = Run({"*": self.SCHEDULE}, OPTIMIZERS["SGD"])
+        with pytest.warns(
+            UserWarning, match="does not tell how many optimizer steps were done: schedules.* begin anew"
+        ):
+            second.load(first.checkpoint())
+
     def test_one_that_is_gone(self, log):
         first = Run({"*": self.SCHEDULE}).train(5)
         second = Run({"*": 0.3}).load(first.checkpoint()).train(1, first=5)
