@@ -294,10 +294,15 @@ def _check_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
             "could not be found out; give λ as a number"
         )
     if not decoupled:
+        known = type(optimizer) in _COUPLED or "decoupled_weight_decay" in group
+        why = (
+            "it is coupled, so λ·w goes through the same moments as the gradient and"
+            if known
+            else "a step without a gradient does not multiply its weights by 1 - lr·λ, so"
+        )
         raise ValueError(
-            f"group {group.get('name')!r} has a timescale, which {kind} cannot have: it is coupled, so λ·w goes "
-            "through the same moments as the gradient and the weights are no running average with the time scale "
-            "1/(lr·λ); use a decoupled optimizer such as AdamW, or give λ as a number"
+            f"group {group.get('name')!r} has a timescale, which {kind} cannot have: {why} the weights are no running "
+            "average with the time scale 1/(lr·λ); use a decoupled optimizer such as AdamW, or give λ as a number"
         )
 
 
@@ -313,6 +318,9 @@ def _is_decoupled(optimizer: Optimizer, group: Mapping[str, Any]) -> bool | None
     try:
         weight = torch.nn.Parameter(torch.ones(2, 2))
         twin = type(optimizer)([{**options, "params": [weight], "lr": lr, "weight_decay": decay}], lr=lr)  # type: ignore[call-arg]
+        # What is no option of a param group, such as `weight_decouple` of adabelief-pytorch (0.2).
+        kept = {name: value for name, value in vars(optimizer).items() if isinstance(value, (bool, int, float, str))}
+        vars(twin).update({name: value for name, value in kept.items() if name in vars(twin)})
         for _ in range(2):
             weight.grad = torch.zeros_like(weight)
             twin.step()

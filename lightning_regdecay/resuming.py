@@ -125,8 +125,16 @@ def carry_over_by_name(
 
     carrier = _Carrier(model, weight_decay, checkpoint, steps_done, before_loading)
     carry_lr_schedulers()
+    if not hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # as pytorch-optimizer's (4.1) Lookahead
+        raise TypeError(
+            f"{type(optimizer).__name__} does not call torch.optim.Optimizer.__init__, so it takes no hooks when a "
+            "state is loaded and cannot be resumed by parameter name; use the optimizer inside it, or another"
+        )
     optimizer.register_load_state_dict_pre_hook(carrier.before_loading)
     optimizer.register_state_dict_post_hook(carrier.after_saving)
+    if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+        # bitsandbytes (0.50) runs no hooks there, and pytorch-optimizer (4.1) goes back to the state before them.
+        optimizer.load_state_dict = functools.partial(carrier.load, optimizer)  # type: ignore[method-assign]
 
 
 class _Carrier:
@@ -147,9 +155,21 @@ class _Carrier:
         # The options that are not taken from the checkpoint.
         self._not_carried = IDENTITY_KEYS if weight_decay == "checkpoint" else IDENTITY_KEYS | STRENGTH_KEYS
         self.carried = CarriedGroups()
+        self._is_translated = False
+
+    def load(self, optimizer: Optimizer, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Load a state by a ``load_state_dict`` of the optimizer's own, which gets to see the translated one only."""
+        translated = self.before_loading(optimizer, state_dict)
+        self._is_translated = True
+        try:
+            type(optimizer).load_state_dict(optimizer, translated, *args, **kwargs)
+        finally:
+            self._is_translated = False
 
     def before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state that torch can load: with the param groups of today, each with its own parameters."""
+        if self._is_translated:
+            return state_dict
         self._before()
         known = self._known()
         names = _names_of(optimizer, known)

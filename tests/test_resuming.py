@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import io
@@ -152,6 +153,40 @@ class TestOtherGroups:
         second = Run(SAME_IN_OTHER_GROUPS, OPTIMIZERS[kind]).load(first.checkpoint()).train(5, first=5)
         assert_same_weights(second.net, whole.net)
         assert len(second.optimizer.param_groups) == 4
+
+    def test_goes_on_with_an_optimizer_that_loads_its_state_by_itself(self):
+        class Own(torch.optim.AdamW):
+            """Runs no hooks, as that of bitsandbytes."""
+
+            def load_state_dict(self, state_dict):
+                ids = [number for group in state_dict["param_groups"] for number in group["params"]]
+                parameters = [p for group in self.param_groups for p in group["params"]]
+                assert len(ids) == len(parameters)
+                state = {p: dict(state_dict["state"][number]) for number, p in zip(ids, parameters)}
+                groups = [
+                    {**new, "params": old["params"]} for new, old in zip(state_dict["param_groups"], self.param_groups)
+                ]
+                self.__setstate__({"state": collections.defaultdict(dict, state), "param_groups": groups})
+
+        def build(groups):
+            return Own(groups, lr=0.01)
+
+        whole = Run(TWO_GROUPS, build).train(10)
+        first = Run(TWO_GROUPS, build).train(5)
+        second = Run(SAME_IN_OTHER_GROUPS, build).load(first.checkpoint()).train(5, first=5)
+        assert_same_weights(second.net, whole.net)
+
+    def test_an_optimizer_that_takes_no_hooks(self):
+        class Bare(torch.optim.Optimizer):
+            def __init__(self, params):
+                self.param_groups, self.state, self.defaults = params, {}, {"weight_decay": 0.0}
+
+        net = Net()
+        (group,) = build_decay_groups(net, {"*": 0.1})
+        with pytest.raises(
+            TypeError, match=r"Bare does not call torch\.optim\.Optimizer\.__init__, so it takes no hooks"
+        ):
+            resume_by_name(Bare([group.as_param_group()]), net)
 
     @pytest.mark.parametrize("kind", SCHEDULERS)
     @pytest.mark.parametrize("rules", [(TWO_GROUPS, SAME_IN_OTHER_GROUPS), (SAME_IN_OTHER_GROUPS, TWO_GROUPS)])
