@@ -64,9 +64,6 @@ def keep_in_force(
     def follow() -> None:
         follow_schedules(optimizer, lambda: _run_length(trainer()))
 
-    # A checkpoint may bring schedules along.
-    if weight_decay == "checkpoint" or any(schedule_of(group) for group in optimizer.param_groups):
-        follow()
     carry_over_by_name(
         optimizer,
         module,
@@ -76,6 +73,9 @@ def keep_in_force(
         steps_done=lambda: int(trainer().global_step) if trainer() is not None else 0,
         before=_set_strengths_again(optimizer, groups),
     )
+    # A checkpoint may bring schedules along.
+    if weight_decay == "checkpoint" or any(schedule_of(group) for group in optimizer.param_groups):
+        follow()
     _split_added_groups(optimizer, groups, follow)
 
 

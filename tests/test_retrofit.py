@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -578,6 +579,180 @@ class TestFinetuning:
         run.fit(LitRulesBackbone())
         assert [group["weight_decay"] for group in run.optimizers[0].param_groups] == [0.05, 0.0, 0.1, 0.1, 0.0]
         assert [group["lr"] for group in run.optimizers[0].param_groups] == [0.1, 0.1, 0.1, 0.01, 0.01]
+
+
+class RunsNoHooks(torch.optim.AdamW):
+    """As bitsandbytes' optimizers: a ``load_state_dict`` of its own, which takes groups as they stand."""
+
+    def load_state_dict(self, state_dict, move_to_device=True):
+        saved = copy.deepcopy(state_dict)
+        if len(saved["param_groups"]) != len(self.param_groups):
+            raise ValueError("loaded state dict has a different number of parameter groups")
+        params = [p for group in self.param_groups for p in group["params"]]
+        keys = [key for group in saved["param_groups"] for key in group["params"]]
+        state = {p: saved["state"][key] for p, key in zip(params, keys)}
+        groups = [{**new, "params": old["params"]} for old, new in zip(self.param_groups, saved["param_groups"])]
+        self.__setstate__({"state": state, "param_groups": groups})
+
+
+class GoesBackToTheGivenState(torch.optim.AdamW):
+    """As pytorch-optimizer's: what torch has loaded is put right by the state as it was given."""
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            for parameter, key in zip(group["params"], saved["params"]):
+                self.state[parameter] = copy.deepcopy(state_dict["state"][key])
+
+
+class HasNoHooks(torch.optim.Optimizer):
+    """As the Lookahead of pytorch-optimizer and of torch_optimizer: an optimizer around another."""
+
+    def __init__(self, inner):
+        self.inner, self.defaults = inner, inner.defaults
+        self.param_groups, self.state = inner.param_groups, {}
+
+
+class SwitchedByAttribute(torch.optim.Optimizer):
+    """As adabelief-pytorch's: an option that is no option of a param group."""
+
+    def __init__(self, params, lr=0.1, weight_decay=0.0, decouple=True):
+        self.decouple = decouple
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                factor = group["lr"] if self.decouple else group["lr"] ** 2
+                p.data.mul_(1 - factor * group["weight_decay"])
+
+
+def steps(model, optimizer, numbers):
+    """Optimizer steps on digits, 64 at a time."""
+    pixels, classes = next(iter(digits_loader(256, 256)))
+    for number in numbers:
+        part = slice(64 * (number % 4), 64 * (number % 4) + 64)
+        optimizer.zero_grad()
+        model.training_step_loss([pixels[part], classes[part]]).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_goes_on_over_other_groups(build):
+    """Stopped and resumed with other groups, each parameter with the λ that it had, a run ends as one that went on."""
+
+    class Two(WeightDecayMixin, LitBase):
+        decay_rules = {"*.bias": 0.0, "*": 0.3}
+
+        def build_optimizer(self, param_groups):
+            return build(param_groups)
+
+    class Three(Two):
+        decay_rules = {"head.weight": 0.3, "*.bias": 0.0, "*": 0.3}
+
+    model = Two()
+    optimizer = model.configure_optimizers()
+    steps(model, optimizer, range(5))
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    expected = steps(model, optimizer, range(5, 10))
+
+    resumed = Three()
+    resumed.load_state_dict(weights)
+    optimizer = resumed.configure_optimizers()
+    assert len(optimizer.param_groups) == 3
+    optimizer.load_state_dict(state)
+    found = steps(resumed, optimizer, range(5, 10))
+    assert all(map(torch.equal, found, expected))
+
+
+class TestOptimizersOfOthers:
+    @pytest.mark.parametrize("kind", [RunsNoHooks, GoesBackToTheGivenState])
+    def test_resume_over_other_groups_by_a_load_state_dict_of_their_own(self, kind):
+        assert_goes_on_over_other_groups(lambda groups: kind(groups, lr=0.01))
+
+    @pytest.mark.parametrize("strength", [0.1, {"schedule": "linear", "start": 0.1, "end": 0, "steps": 20}])
+    def test_one_that_takes_no_hooks_is_refused(self, strength):
+        class Ours(WeightDecayMixin, LitBase):
+            decay_rules = {"*": strength}
+
+            def build_optimizer(self, param_groups):
+                return HasNoHooks(torch.optim.AdamW(param_groups))
+
+        with pytest.raises(TypeError, match=r"HasNoHooks does not call torch\.optim\.Optimizer\.__init__"):
+            Ours().configure_optimizers()
+
+    @pytest.mark.parametrize("decouple", [True, False])
+    def test_a_timescale_sees_options_that_are_no_options_of_a_group(self, decouple):
+        class Ours(WeightDecayMixin, LitBase):
+            decay_rules = {"*": {"schedule": "timescale", "steps": 100}}
+
+            def build_optimizer(self, param_groups):
+                return SwitchedByAttribute(param_groups, decouple=decouple)
+
+        if decouple:
+            optimizer = Ours().configure_optimizers()
+            optimizer.step()
+            assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.1)
+        else:
+            with pytest.raises(ValueError, match="SwitchedByAttribute cannot have: a step without a gradient does not"):
+                Ours().configure_optimizers()
+
+    @pytest.mark.parametrize("kind", ["Lion", "AdaBelief", "Lamb", "SOAP", "ScheduleFreeAdamW"])
+    def test_those_of_pytorch_optimizer(self, kind):
+        build = getattr(pytest.importorskip("pytorch_optimizer"), kind)
+
+        class Ours(WeightDecayMixin, LitBase):
+            decay_rules = {"*.bias": 0.0, "*": {"schedule": "linear", "start": 0.1, "end": 0, "steps": 20}}
+
+            def build_optimizer(self, param_groups):
+                return build(param_groups, lr=0.01)
+
+        model, by_hand = Ours(), LitBase()
+        found = steps(model, model.configure_optimizers(), range(20))
+        names = dict(by_hand.named_parameters())
+        groups = [[p for n, p in names.items() if n.endswith(".bias") == biased] for biased in (True, False)]
+        optimizer = build([{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}], lr=0.01)
+        for step in range(20):
+            optimizer.param_groups[1]["weight_decay"] = 0.1 + (0 - 0.1) * (step / 20)
+            expected = steps(by_hand, optimizer, [step])
+        assert all(map(torch.equal, found, expected))
+        assert_goes_on_over_other_groups(lambda groups: build(groups, lr=0.01))
+
+
+def test_a_published_model_trains_as_without_rules_of_other_strengths():
+    """N-BEATS of pytorch-forecasting, as its users train it, with its own learning rates per epoch."""
+    forecasting = pytest.importorskip("pytorch_forecasting")
+    import pandas as pd
+
+    time = torch.arange(120)
+    table = pd.DataFrame({"time": time.numpy(), "series": "a", "value": (time / 5).sin().numpy()})
+    data = forecasting.TimeSeriesDataSet(
+        table,
+        time_idx="time",
+        target="value",
+        group_ids=["series"],
+        max_encoder_length=20,
+        max_prediction_length=5,
+        time_varying_unknown_reals=["value"],
+    )
+
+    class Ours(WeightDecayMixin, forecasting.NBeats):
+        decay_rules = {"*.bias": 0.1, "*": 0.1}
+
+    def fit(kind, *callbacks):
+        torch.manual_seed(0)
+        lrs = [1e-2, 5e-3, 1e-3]
+        model = kind.from_dataset(data, learning_rate=lrs, weight_decay=0.1, optimizer="adam", widths=[16, 16])
+        log = record(model)
+        trainer(max_epochs=3, limit_train_batches=3, callbacks=list(callbacks)).fit(
+            model, data.to_dataloader(train=True, batch_size=16)
+        )
+        return model, log.lrs
+
+    theirs, lrs = fit(forecasting.NBeats)
+    for model, found in (fit(Ours), fit(forecasting.NBeats, WeightDecayRules({"*.bias": 0.1, "*": 0.1}))):
+        assert found == lrs
+        assert all(map(torch.equal, model.parameters(), theirs.parameters()))
 
 
 def test_a_group_without_names_joins_an_optimizer_of_fabric_or_plain_pytorch():
