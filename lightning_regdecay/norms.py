@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,17 +14,20 @@ from torchmetrics import Metric
 
 from lightning_regdecay.parameters import local_part
 
-_ROW = 128
+_HALF = (torch.float16, torch.bfloat16)
+_ROW = 256
 """Elements whose squares are added in float32: few enough that the sum is right to 1e-6 for any data. Longer sums are
 not, though random numbers hide it, as their rounding errors cancel: `torch.dot` of 2^18 equal values is 3e-5 off."""
-_PIECE = {torch.float32: 2**21, torch.float16: 2**16, torch.bfloat16: 2**16}
-"""Elements per call. Half types are converted to float32 first, 0.25 MiB of it: all scratch memory is under 1 MiB."""
-_MOST_NORMS = 2**15
-"""Norms of rows that are kept before they are added up: 0.125 MiB, as much in one piece, twice that as float64."""
+_ROWS = 2**14
+"""Rows per call, and norms of rows that are kept before they are added up: 64 KiB, twice that as float64."""
+_HALF_ROWS = 2**9
+"""Rows of half types per call. Torch makes float32 of them first, 0.5 MiB of it: all scratch memory is under 1 MiB."""
 _WIDENED_PIECE = 2**16
 """Elements per call as float64: 0.5 MiB."""
 _COPIED_PIECE = 2**15
 """Elements that are copied at a time out of a tensor with gaps in memory, the last ones of which are still there."""
+_GPU_PIECE = 2**22
+"""Elements per norm on a GPU: `torch._foreach_norm` takes room for as many tensors as it gets, each the longest."""
 _TINY_SQUARE = 1e-31
 """Mean square below which float32 squares may have lost bits to underflow (the smallest normal one is 1.2e-38)."""
 
@@ -148,63 +152,99 @@ class GroupL2Norm(Metric):
         return self._plot(val, ax)
 
 
+@torch.no_grad()
 def _sums_of_squares(groups: Sequence[Iterable[Tensor]]) -> list[float]:
     """The sum of |x|² of each group, with one transfer to the host per device."""
-    parts: dict[tuple[int, torch.device], list[Tensor]] = {}
+    by_device: dict[torch.device, dict[int, list[Tensor]]] = {}
     for index, tensors in enumerate(groups):
         for tensor in tensors:
-            parts.setdefault((index, tensor.device), []).append(tensor)
-    sums = _to_host([_fast_sum_of_squares(of_part) for of_part in parts.values()])
-    for at, of_part in enumerate(parts.values()):
-        if not _TINY_SQUARE * sum(map(torch.numel, of_part)) < sums[at] < math.inf:
-            # float32 squares overflow from 1.8e19 and lose bits below 1e-19; all zeros look like the latter.
-            sums[at] = _to_host([_exact_sum_of_squares(of_part)])[0]
-    of_group = [[value for (i, _), value in zip(parts, sums) if i == index] for index in range(len(groups))]
-    return [sum(values) for values in of_group]
+            by_device.setdefault(tensor.device, {}).setdefault(index, []).append(tensor)
+    totals = [0.0] * len(groups)
+    for device, parts in by_device.items():
+        fast = _by_tensors if device.type == "cuda" else _by_rows
+        sums = dict(zip(parts, fast(list(parts.values()))))
+        # float32 squares overflow from 1.8e19 and lose bits below 1e-19; all zeros look like the latter.
+        least = {index: _TINY_SQUARE * sum(map(torch.numel, tensors)) for index, tensors in parts.items()}
+        doubtful = [index for index in parts if not least[index] < sums[index] < math.inf]
+        if doubtful:
+            exact = torch.stack([_exact_sum_of_squares(parts[index]) for index in doubtful])
+            sums.update(zip(doubtful, exact.tolist()))
+        for index, value in sums.items():
+            totals[index] += value
+    return totals
 
 
-def _to_host(values: Sequence[Tensor]) -> list[float]:
-    """0-d tensors as numbers, one transfer per device."""
-    by_device: dict[torch.device, list[int]] = {}
-    for index, value in enumerate(values):
-        by_device.setdefault(value.device, []).append(index)
-    numbers = [0.0] * len(values)
-    for indices in by_device.values():
-        for index, number in zip(indices, torch.stack([values[i] for i in indices]).tolist()):
-            numbers[index] = number
-    return numbers
+def _by_tensors(groups: Sequence[Iterable[Tensor]]) -> list[float]:
+    """For a GPU, one multi-tensor call per type for all groups: float32 within 2^22 elements, float64 across them."""
+    pieces: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+    for index, tensors in enumerate(groups):
+        for tensor in map(_in_memory_order, tensors):
+            floating = tensor if tensor.is_floating_point() else tensor.to(torch.float64)
+            parts = torch.split(floating.view(-1), _GPU_PIECE) if floating.is_contiguous() else [floating]
+            pieces.setdefault(floating.dtype, []).extend((index, part) for part in parts)
+    norms: list[Tensor] = []
+    for dtype, of_type in pieces.items():
+        norm_dtype = torch.float32 if dtype in _HALF else dtype
+        norms += torch._foreach_norm([part for _, part in of_type], 2, dtype=norm_dtype)
+    sums = [0.0] * len(groups)
+    indices = (index for of_type in pieces.values() for index, _ in of_type)
+    for index, norm in zip(indices, torch.stack(norms).tolist()):
+        sums[index] += norm * norm
+    return sums
+
+
+def _by_rows(groups: Sequence[Iterable[Tensor]]) -> list[float]:
+    """For a CPU, and right anywhere: float32 within rows of up to 256 elements, float64 across them."""
+    return torch.stack([_fast_sum_of_squares(tensors) for tensors in groups]).tolist()
 
 
 def _fast_sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
-    """At the speed of memory: float32 within rows of 128, float64 across them."""
     sums: list[Tensor] = []
-    norms: list[Tensor] = []  # of rows, and single elements, which are their own norms
+    norms: list[Tensor] = []
     kept = 0
-    for piece in (piece for tensor in tensors for piece in _flat(tensor)):
-        if piece.dtype not in _PIECE:
-            sums.append(_exact_sum_of_squares([piece]))
-            continue
-        for part in torch.split(piece, _PIECE[piece.dtype]) if piece.numel() > _PIECE[piece.dtype] else [piece]:
-            part = part.to(torch.float32)
-            in_rows = part.numel() // _ROW * _ROW
-            if in_rows:
-                norms.append(torch.linalg.vector_norm(part[:in_rows].view(-1, _ROW), dim=1))
-            if in_rows < part.numel():
-                norms.append(part[in_rows:].clone())  # a view would keep what was converted or copied alive
-            kept += part.numel() // _ROW + _ROW
-            if kept > _MOST_NORMS:
-                sums.append(_dot(torch.cat(norms)))
-                norms.clear()
-                kept = 0
-    if norms or not sums:
-        sums.append(_dot(torch.cat(norms)) if norms else torch.zeros((), dtype=torch.float64))
+    for tensor in tensors:
+        for part in _contiguous_parts(tensor):
+            if part.dtype != torch.float32 and part.dtype not in _HALF:
+                sums.append(_exact_sum_of_squares([part]))
+                continue
+            for norms_of_part in _norms_of_rows(part):
+                norms.append(norms_of_part)
+                kept += norms_of_part.numel()
+                if kept >= _ROWS:
+                    sums.append(_dot(torch.cat(norms)))
+                    norms.clear()
+                    kept = 0
+    if norms:
+        sums.append(_dot(torch.cat(norms)))
     return torch.stack(sums).sum()
+
+
+def _norms_of_rows(part: Tensor) -> Iterator[Tensor]:
+    """1-d tensors of the norms of rows, and of single elements, which are their own norms."""
+    size = part.numel()
+    if size <= _ROW:
+        yield part.view(-1)
+        return
+    length = _row_length(size)
+    count = size // length
+    rows = part.as_strided((count, length), (length, 1))
+    at_once = _HALF_ROWS if part.dtype in _HALF else _ROWS
+    for some in [rows] if count <= at_once else torch.split(rows, at_once):
+        yield torch.linalg.vector_norm(some, 2, 1, dtype=torch.float32)
+    if count * length < size:
+        yield part.view(-1)[count * length :].clone()  # a view would keep what was copied alive
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_length(size: int) -> int:
+    """The length of rows that leaves nothing over, if there is one: a call more costs as much as 10^5 elements."""
+    return next((length for length in range(_ROW, _ROW // 2, -1) if size % length == 0), _ROW)
 
 
 def _exact_sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     """In float64 throughout, for what float32 cannot hold."""
-    pieces = (piece for tensor in tensors for piece in _flat(tensor))
-    return torch.stack([_dot(part) for piece in pieces for part in torch.split(piece, _WIDENED_PIECE)]).sum()
+    parts = (part.view(-1) for tensor in tensors for part in _contiguous_parts(tensor))
+    return torch.stack([_dot(piece) for part in parts for piece in torch.split(part, _WIDENED_PIECE)]).sum()
 
 
 def _dot(vector: Tensor) -> Tensor:
@@ -213,18 +253,25 @@ def _dot(vector: Tensor) -> Tensor:
     return torch.dot(wide, wide)
 
 
-def _flat(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements of a tensor as 1-d views, in the order of memory, which needs no copy; a norm asks for no other."""
-    tensor = tensor.detach()
+def _contiguous_parts(tensor: Tensor) -> Iterable[Tensor]:
+    """The elements of a tensor as contiguous views, in any order, or as small copies where it has gaps in memory."""
+    tensor = _in_memory_order(tensor)
+    return [tensor] if tensor.is_contiguous() else _copied_parts(tensor)
+
+
+def _copied_parts(tensor: Tensor) -> Iterator[Tensor]:
+    if tensor[0].numel() > _COPIED_PIECE:
+        for row in tensor:
+            yield from _contiguous_parts(row)
+    else:
+        for rows in torch.split(tensor, _COPIED_PIECE // max(tensor[0].numel(), 1)):
+            yield rows.contiguous()
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A real view that is contiguous unless the tensor has gaps in memory; a norm asks for no order."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.ndim > 1:
-        tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))  # channels_last and such
-    if tensor.ndim <= 1 or tensor.is_contiguous():
-        yield tensor.reshape(-1)
-    elif tensor[0].numel() > _COPIED_PIECE:
-        for row in tensor:
-            yield from _flat(row)
-    else:  # gaps in memory: copied, a few rows at a time
-        for rows in torch.split(tensor, _COPIED_PIECE // max(tensor[0].numel(), 1)):
-            yield rows.reshape(-1)
+    if tensor.is_contiguous():
+        return tensor
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))  # channels_last and such

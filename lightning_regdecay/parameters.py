@@ -190,8 +190,15 @@ def _flattened_by_fsdp1(tensor: torch.Tensor) -> _Flattened | None:
     return cast("_Flattened", _flattened[tensor])
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether nothing marks a tensor as a part of another, told without asking for attributes, which is slow."""
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.__dict__
+
+
 def original_shape(tensor: torch.Tensor) -> torch.Size:
     """The shape of a parameter as the user defined it, also where this process holds a part of it, flattened."""
+    if _is_plain(tensor):
+        return tensor.shape
     if hasattr(tensor, "ds_shape"):  # DeepSpeed ZeRO-3 leaves empty tensors
         return torch.Size(tensor.ds_shape)
     flattened = _flattened_by_fsdp1(tensor)
@@ -209,6 +216,8 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
         ValueError: for a ``DTensor`` of pending sums (``Partial``), which has no norm before they are added up, and for
             a parameter under FSDP1 of an unknown model.
     """
+    if _is_plain(tensor):
+        return tensor, 1
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
         return _local_part_of_dtensor(tensor)
     if hasattr(tensor, "ds_tensor"):

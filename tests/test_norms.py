@@ -10,7 +10,7 @@ from helpers import float64_norm, peak_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_regdecay import GroupL2Norm
+from lightning_regdecay import GroupL2Norm, norms
 
 
 def norm(*tensors):
@@ -24,7 +24,7 @@ def relative_error(value, truth):
 
 
 class TestAccuracy:
-    @pytest.mark.parametrize("size", [1, 127, 128, 129, 10_007, 2**22 + 1, 2 * 10**7])
+    @pytest.mark.parametrize("size", [1, 127, 128, 255, 256, 257, 10_007, 2**22 + 1, 2 * 10**7])
     @pytest.mark.parametrize(
         "make", [torch.randn, torch.rand, lambda n: torch.full((n,), 0.1), lambda n: torch.full((n,), 1.0001)]
     )
@@ -41,6 +41,11 @@ class TestAccuracy:
         assert relative_error(norm(x), truth) <= 1e-6
         if torch.__version__ >= "2.13":  # should torch mend this, the sentence in the README must go
             assert relative_error(x.norm().item(), truth) > 1e-3
+
+    def test_float32_where_every_addition_within_a_row_rounds_the_same_way(self):
+        row = torch.full((256,), 2.0**-12.5)
+        row[:8] = 1.0  # of each lane of a vector register
+        assert relative_error(norm(row.repeat(1000)), row.double().norm().item() * 1000**0.5) <= 1e-6
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("size", [3, 1000, 10**7 + 1])
@@ -202,13 +207,66 @@ class TestMetric:
         assert {line.get_label() for line in axes.get_lines()} >= {"a", "b"}
 
 
+class TestTheWayForGPUs:
+    """Multi-tensor norms, which run on the CPU as well; their speed and accuracy there are not those of a GPU."""
+
+    @pytest.fixture(autouse=True)
+    def everywhere(self, monkeypatch):
+        monkeypatch.setattr(norms, "_by_rows", norms._by_tensors)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+    @pytest.mark.parametrize("view", [lambda x: x, lambda x: x.mT, lambda x: x[1:, ::2], lambda x: x[:0]])
+    def test_types_and_layouts(self, dtype, view):
+        torch.manual_seed(0)
+        x = view(torch.randn(50, 60).to(dtype))
+        assert norm(x) == pytest.approx(float64_norm([x]), rel=1e-6)
+
+    def test_groups_of_mixed_types_are_kept_apart(self):
+        metric = norms.GroupL2Norm(["a", "b", "c"])
+        metric.update(
+            {
+                "a": [torch.ones(3), torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.float64)],
+                "b": [torch.full((4,), 2, dtype=torch.int64), torch.zeros(())],
+                "c": [torch.full((1000,), 300.0, dtype=torch.float16), torch.zeros(5)],
+            }
+        )
+        found = {name: value.item() for name, value in metric.compute().items()}
+        assert found == pytest.approx({"a": 3.0, "b": 4.0, "c": 300 * 1000**0.5}, rel=1e-7)
+
+    def test_tensors_are_cut_into_pieces(self):
+        torch.manual_seed(0)
+        x = torch.rand(2 * norms._GPU_PIECE + 5)
+        assert norm(x) == pytest.approx(float64_norm([x]), rel=1e-3)  # as far as torch's own norm on a CPU is right
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e30])
+    def test_squares_beyond_the_range_of_float32(self, scale):
+        x = torch.full((1000,), scale)
+        assert norm(x, torch.ones(1)) == pytest.approx((1 + (scale * 1000**0.5) ** 2) ** 0.5, rel=1e-6)
+        assert norm(x) == pytest.approx(scale * 1000**0.5, rel=1e-6)
+
+    def test_nan(self):
+        assert math.isnan(norm(torch.tensor([1.0, math.nan])))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_on_a_gpu(dtype):
-    x = torch.randn(10**8, device="cuda").to(dtype)
-    truth = math.sqrt(math.fsum(piece.double().square().sum().item() for piece in x.split(10**7)))
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    assert relative_error(norm(x), truth) <= (1e-6 if dtype == torch.float32 else 1e-5)
-    assert torch.cuda.max_memory_allocated() - before <= 2**22
-    assert norm(x, torch.ones(3)) == pytest.approx((truth**2 + 3) ** 0.5, rel=1e-5)
+class TestOnAGPU:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("size", [10**4, 10**8, 10**9])
+    @pytest.mark.parametrize("make", [torch.randn, lambda n, **where: torch.full((n,), 0.1, **where)])
+    def test_accuracy_and_memory(self, make, size, dtype):
+        torch.manual_seed(0)
+        x = make(size, device="cuda", dtype=dtype)
+        truth = math.sqrt(math.fsum(piece.double().square().sum().item() for piece in x.split(10**7)))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        assert relative_error(norm(x), truth) <= (1e-6 if dtype == torch.float32 else 1e-5)
+        assert torch.cuda.max_memory_allocated() - before <= 2**20
+        assert norm(x, torch.ones(3)) == pytest.approx((truth**2 + 3) ** 0.5, rel=1e-5)
+
+    def test_one_transfer_for_all_groups(self):
+        groups = {str(i): [torch.randn(100 + i, device="cuda") for _ in range(50)] for i in range(10)}
+        metric = norms.GroupL2Norm(groups)
+        with torch.profiler.profile() as profile:
+            metric.update(groups)
+        transfers = [event for event in profile.events() if "Memcpy DtoH" in event.name]
+        assert len(transfers) == 1
