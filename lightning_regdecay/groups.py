@@ -11,7 +11,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_regdecay.following import scheduled_param_group
-from lightning_regdecay.matching import Matcher, listed, nearest_names, problem_of
+from lightning_regdecay.matching import Matcher, first_takers, listed, nearest_names, problem_of
 from lightning_regdecay.names import unique_name
 from lightning_regdecay.parameters import ModelParameter, model_parameters, original_shape
 from lightning_regdecay.rules import DecayRule, DecayRules, classes_of, parse_rules, patterns_of
@@ -118,10 +118,9 @@ class DecayGroups(list[DecayGroup]):
         default = unique_name("default", rules)
         groups = {parameter: group.name for group in self for parameter in group.params.values()}
         places = {}
-        for p in self._parameters:
-            name = groups.get(p.parameter)
-            if name is None:
-                name = next((str(m.rule.group) for m in matchers if m.takes(p)), default)
+        for p, taker in zip(self._parameters, first_takers(matchers, self._parameters)):
+            taken = default if taker is None else str(self._rules[taker].group)
+            name = groups.get(p.parameter, taken)  # where it was put, should a predicate have changed its mind
             places[p.parameter] = GroupPlace(p.name, name, rules.get(name))
         return places
 
@@ -208,7 +207,7 @@ def build_decay_groups(module: nn.Module, rules: DecayRules, *, strict: bool = T
         raise ValueError(f"{type(module).__name__} has nothing to train: {frozen}")
 
     matchers = [Matcher(rule) for rule in parsed]
-    taken_by = [next((i for i, m in enumerate(matchers) if m.takes(p)), None) for p in trainable]
+    taken_by = first_takers(matchers, trainable)
     problems, remarks = _review(module, matchers, parameters, trainable, taken_by)
     if problems and strict:
         raise ValueError("\n".join(problems))

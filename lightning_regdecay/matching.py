@@ -24,19 +24,69 @@ class Matcher:
 
     def __init__(self, rule: DecayRule) -> None:
         self.rule = rule
-        self._conditions = list(_conditions(rule))
+        self.conditions = list(_conditions(rule))
 
     def takes(self, parameter: ModelParameter) -> bool:
         """Whether all selectors of the rule hold, in one of the places that hold the parameter."""
-        return any(all(c.holds(parameter, place) for c in self._conditions) for place in parameter.places)
+        return any(all(c.holds(parameter, place) for c in self.conditions) for place in parameter.places)
 
     def mismatch(self, parameter: ModelParameter) -> str | None:
         """Why the rule does not take a parameter, None where it does."""
         if self.takes(parameter):
             return None
-        failed = [next(c for c in self._conditions if not c.holds(parameter, place)) for place in parameter.places]
+        failed = [next(c for c in self.conditions if not c.holds(parameter, place)) for place in parameter.places]
         reasons = [c.otherwise(parameter, place) for c, place in zip(failed, parameter.places)]
         return "; ".join(dict.fromkeys(reasons))
+
+
+def first_takers(matchers: Sequence[Matcher], parameters: Iterable[ModelParameter]) -> list[int | None]:
+    """The number of the first rule that takes each parameter, None where there is none.
+
+    Layers and experts repeat: parameters whose names differ in digits alone, of one class of module and one number of
+    dimensions, are a kind, and most rules take a kind as a whole. So rules are held against kinds where they can be.
+    """
+    plans: dict[tuple[str, type, int], _Plan] = {}
+    takers = []
+    for parameter in parameters:
+        if parameter.tied:
+            takers.append(next((i for i, matcher in enumerate(matchers) if matcher.takes(parameter)), None))
+            continue
+        place = parameter.place
+        kind = place.name.translate(_ONE_DIGIT), type(place.module), parameter.ndim
+        plan = plans.get(kind)
+        if plan is None:
+            plan = plans[kind] = _plan(matchers, parameter, place)
+        for index, conditions in plan.open:
+            if all(condition.holds(parameter, place) for condition in conditions):
+                takers.append(index)
+                break
+        else:
+            takers.append(plan.taker)
+    return takers
+
+
+_ONE_DIGIT = str.maketrans("123456789", "000000000")
+
+
+class _Plan(NamedTuple):
+    """What is known of the rules for all parameters of a kind."""
+
+    open: list[tuple[int, list[_Condition]]]
+    """Rules before the taker, with the conditions that are to be held against each parameter."""
+    taker: int | None
+    """The first rule that takes the whole kind."""
+
+
+def _plan(matchers: Sequence[Matcher], parameter: ModelParameter, place: Place) -> _Plan:
+    undecided: list[tuple[int, list[_Condition]]] = []
+    for index, matcher in enumerate(matchers):
+        conditions = matcher.conditions
+        if all(condition.holds(parameter, place) for condition in conditions if condition.by_kind):
+            left = [condition for condition in conditions if not condition.by_kind]
+            if not left:
+                return _Plan(undecided, index)
+            undecided.append((index, left))
+    return _Plan(undecided, None)
 
 
 class _Condition(NamedTuple):
@@ -45,6 +95,17 @@ class _Condition(NamedTuple):
     holds: _Test
     otherwise: Callable[[ModelParameter, Place], str]
     """What to tell the user where it does not hold."""
+    by_kind: bool = True
+    """Whether it holds for all parameters of a kind or for none, see ``first_takers``."""
+
+
+def _blind_to_digits(pattern: str) -> bool:
+    r"""Whether a pattern that matches a name matches it with any other digits too.
+
+    It does where it has no digit itself, as a class like ``[+-Z]`` has all ten digits or none. A regular expression
+    may also name a digit (``\N{DIGIT ONE}``) or look for the same text twice (``(?P=name)``).
+    """
+    return not any(character.isdigit() for character in pattern) and "\\N" not in pattern and "(?P=" not in pattern
 
 
 def _conditions(rule: DecayRule) -> Iterable[_Condition]:
@@ -54,6 +115,7 @@ def _conditions(rule: DecayRule) -> Iterable[_Condition]:
         yield _Condition(
             lambda parameter, place: any(match(place.name) for match in matches),
             lambda parameter, place: f"its name does not match {listed(patterns_of(rule), ' or ')}",
+            by_kind=all(map(_blind_to_digits, patterns_of(rule))),
         )
     if rule.min_ndim is not None:
         least = rule.min_ndim
@@ -80,6 +142,7 @@ def _conditions(rule: DecayRule) -> Iterable[_Condition]:
         yield _Condition(
             lambda parameter, place: _where(rule, test, parameter, place),
             lambda parameter, place: f"{said} is false for it",
+            by_kind=False,
         )
 
 
@@ -173,7 +236,7 @@ def _imported_class(path: str) -> type | None:
 
 def problem_of(matcher: Matcher, module: nn.Module, parameters: Sequence[ModelParameter]) -> str | None:
     """What is wrong with a rule whatever the others take: a pattern, class or combination that nothing matches."""
-    names = [name for p in parameters for name in p.names]
+    names = [place.name for p in parameters for place in p.places]
     for pattern in patterns_of(matcher.rule):
         if not any(map(compile_pattern(pattern), names)):
             return f"no parameter name matches {pattern!r}; {_pattern_hint(pattern, names)}"

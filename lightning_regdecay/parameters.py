@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -28,8 +27,10 @@ _WRAPPED = {
 }
 """The attributes under which wrappers hold the user's module: no part of a parameter's name."""
 
-_LISTS = ("no_weight_decay", "no_weight_decay_keywords")
+_LISTS = frozenset({"no_weight_decay", "no_weight_decay_keywords"})
 """The methods by which vision models list what is not to decay: names of parameters, or globs; parts of names."""
+
+_Lister: TypeAlias = tuple[nn.Module, str]
 
 
 class Place(NamedTuple):
@@ -39,22 +40,28 @@ class Place(NamedTuple):
     """The full name, wrappers left out."""
     module: nn.Module
     """The module that owns the parameter there."""
-    lister: tuple[nn.Module, str] | None = None
+    lister: _Lister | None = None
     """The outermost module around it that lists what is not to decay, and that module's path with a dot at its end."""
 
 
-@dataclass(frozen=True)
-class ModelParameter:
+class ModelParameter(NamedTuple):
     """A parameter as the user defined it, with every place that holds it: several where it is tied."""
 
     parameter: nn.Parameter
-    places: tuple[Place, ...]
-    """In the order of ``named_parameters``; never empty."""
+    place: Place
+    """The first place, in the order of ``named_parameters``."""
+    tied: tuple[Place, ...] = ()
+    """The other places."""
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Every place."""
+        return (self.place, *self.tied)
 
     @property
     def name(self) -> str:
         """The first name, which is the one that ``named_parameters`` reports."""
-        return self.places[0].name
+        return self.place.name
 
     @property
     def names(self) -> list[str]:
@@ -86,21 +93,32 @@ def model_parameters(module: nn.Module) -> list[ModelParameter]:
     >>> [p.names for p in model_parameters(nn.Sequential(layer, nn.ReLU(), layer))]
     [['0.weight', '2.weight'], ['0.bias', '2.bias']]
     """
-    remember_flattened(module)
-    places: dict[nn.Parameter, dict[str, Place]] = {}
-    for parameter, place in _places(module):
-        if is_lazy(parameter):
-            raise ValueError(
-                f"parameter {place.name!r} of {type(place.module).__name__} has no shape yet (it is lazy); run one "
-                "batch through the model before the optimizer is built, for example in configure_model()"
-            )
-        if getattr(parameter, "_is_flat_param", False):
-            raise ValueError(
-                f"FSDP has put the parameters of {type(place.module).__name__} into one flat parameter, where names "
-                "and groups cannot be kept apart; wrap the model with use_orig_params=True"
-            )
-        places.setdefault(parameter, {}).setdefault(place.name, place)
-    return [ModelParameter(parameter, tuple(named.values())) for parameter, named in places.items()]
+    known: dict[int, ModelParameter] = {}  # by id, as a tensor's own hash is slow
+
+    def add(parameter: nn.Parameter, place: Place) -> None:
+        same = known.get(id(parameter))
+        if same is None:
+            if not _is_plain(parameter):
+                _refuse_without_shape(parameter, place)
+            known[id(parameter)] = ModelParameter(parameter, place)
+        elif place.name not in same.names:
+            known[id(parameter)] = same._replace(tied=(*same.tied, place))
+
+    _visit_places(module, add)
+    return list(known.values())
+
+
+def _refuse_without_shape(parameter: nn.Parameter, place: Place) -> None:
+    if is_lazy(parameter):
+        raise ValueError(
+            f"parameter {place.name!r} of {type(place.module).__name__} has no shape yet (it is lazy); run one "
+            "batch through the model before the optimizer is built, for example in configure_model()"
+        )
+    if getattr(parameter, "_is_flat_param", False):
+        raise ValueError(
+            f"FSDP has put the parameters of {type(place.module).__name__} into one flat parameter, where names "
+            "and groups cannot be kept apart; wrap the model with use_orig_params=True"
+        )
 
 
 def plain_name(name: str) -> str:
@@ -112,28 +130,39 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
-def _places(
-    module: nn.Module,
-    path: str = "",
-    above: tuple[nn.Module, ...] = (),
-    lister: tuple[nn.Module, str] | None = None,
-) -> Iterator[tuple[nn.Parameter, Place]]:
-    """Every place of every parameter, in the order of ``named_parameters``; a module inside itself is not entered."""
-    # Of the class or the instance; getattr would ask torch's __getattr__, which is slow where there is nothing.
-    if lister is None and any(hasattr(type(module), method) or method in vars(module) for method in _LISTS):
-        lister = module, path
-    if isinstance(module, ParametrizationList):
-        owner = above[-2] if len(above) > 1 else module
-        yield from ((p, place._replace(lister=lister)) for p, place in _originals(module, path, owner))
-    else:
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield parameter, Place(path + name, module, lister)
-    # named_children() leaves out a module that is there twice.
-    for name, child in module._modules.items():
-        if child is not None and child is not module and child not in above:
-            inside = path if _is_wrapper(module) else f"{path}{name}."
-            yield from _places(child, inside, (*above, module), lister)
+def _visit_places(module: nn.Module, add: Callable[[nn.Parameter, Place], None]) -> None:
+    """Add every place of every parameter, in the order of ``named_parameters``; no module is entered inside itself."""
+    class_lists: dict[type, bool] = {}  # models have few classes
+
+    def lists(module: nn.Module) -> bool:
+        # Of the class or the instance; getattr would ask torch's __getattr__, which is slow where there is nothing.
+        cls = type(module)
+        if cls not in class_lists:
+            class_lists[cls] = any(hasattr(cls, method) for method in _LISTS)
+        return class_lists[cls] or not _LISTS.isdisjoint(vars(module))
+
+    def visit(module: nn.Module, path: str, above: tuple[nn.Module, ...], lister: _Lister | None) -> None:
+        if lister is None and lists(module):
+            lister = module, path
+        if isinstance(module, ParametrizationList):
+            owner = above[-2] if len(above) > 1 else module
+            for original, name in _originals(module, path):
+                add(original, Place(name, owner, lister))
+        else:
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    add(parameter, Place(path + name, module, lister))
+        if not module._modules:
+            return
+        _remember_flattened_by(module)
+        wrapper = _is_wrapper(module)
+        around = (*above, module)
+        # named_children() leaves out a module that is there twice.
+        for name, child in module._modules.items():
+            if child is not None and child not in around:
+                visit(child, path if wrapper else f"{path}{name}.", around, lister)
+
+    visit(module, "", (), None)
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -143,9 +172,7 @@ def _is_wrapper(module: nn.Module) -> bool:
     )
 
 
-def _originals(
-    parametrizations: ParametrizationList, path: str, owner: nn.Module
-) -> Iterator[tuple[nn.Parameter, Place]]:
+def _originals(parametrizations: ParametrizationList, path: str) -> Iterator[tuple[nn.Parameter, str]]:
     """The tensors behind a parametrized weight (weight norm and the like): they also go by the weight's plain name.
 
     ``torch.nn.utils.parametrize`` moves ``fc.weight`` to ``fc.parametrizations.weight.original``; the user wrote a
@@ -154,8 +181,8 @@ def _originals(
     owner_path, _, tensor_name = path.removesuffix(".").rpartition("parametrizations.")
     for name, parameter in parametrizations._parameters.items():
         if parameter is not None:
-            yield parameter, Place(path + name, owner)
-            yield parameter, Place(owner_path + tensor_name, owner)
+            yield parameter, path + name
+            yield parameter, owner_path + tensor_name
 
 
 class _Flattened(NamedTuple):
@@ -172,11 +199,16 @@ _flattened: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def remember_flattened(model: nn.Module) -> None:
     """Note what the parameters of a model under FSDP1 were; needed once, from the outermost wrapper or further out."""
-    for module in model.modules():
-        handle = getattr(module, "_handle", None) if "_fsdp_wrapped_module" in module._modules else None
-        if handle is not None and handle.flat_param._params is not None:
-            for parameter, shape in zip(handle.flat_param._params, handle.flat_param._shapes):
-                _flattened[parameter] = _Flattened(shape, weakref.ref(handle))
+    if dist.is_available() and dist.is_initialized():  # FSDP1 asks for that; a large model has many modules
+        for module in model.modules():
+            _remember_flattened_by(module)
+
+
+def _remember_flattened_by(module: nn.Module) -> None:
+    handle = getattr(module, "_handle", None) if "_fsdp_wrapped_module" in module._modules else None
+    if handle is not None and handle.flat_param._params is not None:
+        for parameter, shape in zip(handle.flat_param._params, handle.flat_param._shapes):
+            _flattened[parameter] = _Flattened(shape, weakref.ref(handle))
 
 
 def _flattened_by_fsdp1(tensor: torch.Tensor) -> _Flattened | None:
