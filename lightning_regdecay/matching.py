@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import nn
 
 from lightning_regdecay.names import REGEX_PREFIX, hint, literal_text
-from lightning_regdecay.parameters import ModelParameter, Place, plain_name
+from lightning_regdecay.parameters import ModelParameter, plain_name
 from lightning_regdecay.rules import DecayRule, class_path, class_text, classes_of, compile_pattern, patterns_of
 
 _MOST_NAMES = 5000  # compared on the way to a hint, so that a typo in a huge model is answered at once
 
-_Test: TypeAlias = Callable[[ModelParameter, Place], Any]
+_Test: TypeAlias = Callable[[ModelParameter], Any]
 
 
 class Matcher:
@@ -28,14 +28,14 @@ class Matcher:
 
     def takes(self, parameter: ModelParameter) -> bool:
         """Whether all selectors of the rule hold, in one of the places that hold the parameter."""
-        return any(all(c.holds(parameter, place) for c in self.conditions) for place in parameter.places)
+        return any(all(c.holds(place) for c in self.conditions) for place in parameter.places)
 
     def mismatch(self, parameter: ModelParameter) -> str | None:
         """Why the rule does not take a parameter, None where it does."""
         if self.takes(parameter):
             return None
-        failed = [next(c for c in self.conditions if not c.holds(parameter, place)) for place in parameter.places]
-        reasons = [c.otherwise(parameter, place) for c, place in zip(failed, parameter.places)]
+        failed = [next(c for c in self.conditions if not c.holds(place)) for place in parameter.places]
+        reasons = [c.otherwise(place) for c, place in zip(failed, parameter.places)]
         return "; ".join(dict.fromkeys(reasons))
 
 
@@ -51,21 +51,17 @@ def first_takers(matchers: Sequence[Matcher], parameters: Iterable[ModelParamete
         if parameter.tied:
             takers.append(next((i for i, matcher in enumerate(matchers) if matcher.takes(parameter)), None))
             continue
-        place = parameter.place
-        kind = place.name.translate(_ONE_DIGIT), type(place.module), parameter.ndim
+        kind = parameter.family, type(parameter.module), parameter.ndim
         plan = plans.get(kind)
         if plan is None:
-            plan = plans[kind] = _plan(matchers, parameter, place)
+            plan = plans[kind] = _plan(matchers, parameter)
         for index, conditions in plan.open:
-            if all(condition.holds(parameter, place) for condition in conditions):
+            if all(condition.holds(parameter) for condition in conditions):
                 takers.append(index)
                 break
         else:
             takers.append(plan.taker)
     return takers
-
-
-_ONE_DIGIT = str.maketrans("123456789", "000000000")
 
 
 class _Plan(NamedTuple):
@@ -77,12 +73,12 @@ class _Plan(NamedTuple):
     """The first rule that takes the whole kind."""
 
 
-def _plan(matchers: Sequence[Matcher], parameter: ModelParameter, place: Place) -> _Plan:
+def _plan(matchers: Sequence[Matcher], parameter: ModelParameter) -> _Plan:
+    """For the kind of a parameter."""
     undecided: list[tuple[int, list[_Condition]]] = []
     for index, matcher in enumerate(matchers):
-        conditions = matcher.conditions
-        if all(condition.holds(parameter, place) for condition in conditions if condition.by_kind):
-            left = [condition for condition in conditions if not condition.by_kind]
+        if all(condition.holds(parameter) for condition in matcher.conditions if condition.by_kind):
+            left = [condition for condition in matcher.conditions if not condition.by_kind]
             if not left:
                 return _Plan(undecided, index)
             undecided.append((index, left))
@@ -93,7 +89,7 @@ class _Condition(NamedTuple):
     """One selector of a rule."""
 
     holds: _Test
-    otherwise: Callable[[ModelParameter, Place], str]
+    otherwise: Callable[[ModelParameter], str]
     """What to tell the user where it does not hold."""
     by_kind: bool = True
     """Whether it holds for all parameters of a kind or for none, see ``first_takers``."""
@@ -113,42 +109,42 @@ def _conditions(rule: DecayRule) -> Iterable[_Condition]:
     if patterns_of(rule):
         matches = [compile_pattern(pattern) for pattern in patterns_of(rule)]
         yield _Condition(
-            lambda parameter, place: any(match(place.name) for match in matches),
-            lambda parameter, place: f"its name does not match {listed(patterns_of(rule), ' or ')}",
+            lambda place: any(match(place.name) for match in matches),
+            lambda place: f"its name does not match {listed(patterns_of(rule), ' or ')}",
             by_kind=all(map(_blind_to_digits, patterns_of(rule))),
         )
     if rule.min_ndim is not None:
         least = rule.min_ndim
         yield _Condition(
-            lambda parameter, place: parameter.ndim >= least,
-            lambda parameter, place: f"it has {parameter.ndim} dimensions, below min_ndim={least}",
+            lambda place: place.ndim >= least,
+            lambda place: f"it has {place.ndim} dimensions, below min_ndim={least}",
         )
     if rule.max_ndim is not None:
         most = rule.max_ndim
         yield _Condition(
-            lambda parameter, place: parameter.ndim <= most,
-            lambda parameter, place: f"it has {parameter.ndim} dimensions, above max_ndim={most}",
+            lambda place: place.ndim <= most,
+            lambda place: f"it has {place.ndim} dimensions, above max_ndim={most}",
         )
     if classes_of(rule):
         tests = [_class_test(selector) for selector in classes_of(rule)]
         wanted = listed(map(class_text, classes_of(rule)), " or ")
         yield _Condition(
-            lambda parameter, place: any(test(type(place.module)) for test in tests),
-            lambda parameter, place: f"its module is a {type(place.module).__name__}, not a {wanted}",
+            lambda place: any(test(type(place.module)) for test in tests),
+            lambda place: f"its module is a {type(place.module).__name__}, not a {wanted}",
         )
     if rule.where is not None:
         test = _NAMED_TESTS[rule.where]() if isinstance(rule.where, str) else _predicate_test(rule.where)
         said = "where(...)" if callable(rule.where) else repr(rule.where)
         yield _Condition(
-            lambda parameter, place: _where(rule, test, parameter, place),
-            lambda parameter, place: f"{said} is false for it",
+            lambda place: _where(rule, test, place),
+            lambda place: f"{said} is false for it",
             by_kind=False,
         )
 
 
-def _where(rule: DecayRule, test: _Test, parameter: ModelParameter, place: Place) -> Any:
+def _where(rule: DecayRule, test: _Test, place: ModelParameter) -> Any:
     try:
-        return test(parameter, place)
+        return test(place)
     except Exception as error:
         raise RuntimeError(
             f"decay rule {rule.selector_text!r} failed on parameter {place.name!r} of {type(place.module).__name__}: "
@@ -157,11 +153,11 @@ def _where(rule: DecayRule, test: _Test, parameter: ModelParameter, place: Place
 
 
 def _predicate_test(where: Callable[..., bool]) -> _Test:
-    return lambda parameter, place: where(place.name, parameter.parameter, place.module)
+    return lambda place: where(place.name, place.parameter, place.module)
 
 
 def _depthwise_test() -> _Test:
-    def test(parameter: ModelParameter, place: Place) -> bool:
+    def test(place: ModelParameter) -> bool:
         channels = getattr(place.module, "in_channels", None)
         return channels is not None and channels == getattr(place.module, "groups", None)
 
@@ -170,12 +166,12 @@ def _depthwise_test() -> _Test:
 
 def _no_weight_decay_test() -> _Test:
     names_match = functools.cache(_listed_names)
-    return lambda parameter, place: place.lister is not None and names_match(place.lister[0])(_listed_name(place))
+    return lambda place: place.lister is not None and names_match(place.lister[0])(_listed_name(place))
 
 
 def _no_weight_decay_keywords_test() -> _Test:
     keywords = functools.cache(lambda lister: _asked(lister, "no_weight_decay_keywords"))
-    return lambda parameter, place: (
+    return lambda place: (
         place.lister is not None and any(keyword in _listed_name(place) for keyword in keywords(place.lister[0]))
     )
 
@@ -187,7 +183,7 @@ def _listed_names(lister: nn.Module) -> Callable[[str], bool]:
     return lambda name: name in names or any(match(name) for match in matches)
 
 
-def _listed_name(place: Place) -> str:
+def _listed_name(place: ModelParameter) -> str:
     """The name of a parameter as the module that lists what is not to decay sees it."""
     assert place.lister is not None
     return place.name.removeprefix(place.lister[1])

@@ -5,9 +5,10 @@ All knowledge of wrappers (and of shards) is here.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -33,39 +34,29 @@ _LISTS = frozenset({"no_weight_decay", "no_weight_decay_keywords"})
 _Lister: TypeAlias = tuple[nn.Module, str]
 
 
-class Place(NamedTuple):
-    """One place of the model that holds a parameter."""
+class ModelParameter(NamedTuple):
+    """A parameter as the user defined it, in the place that holds it; in the first of several where it is tied."""
 
+    parameter: nn.Parameter
     name: str
     """The full name, wrappers left out."""
     module: nn.Module
     """The module that owns the parameter there."""
+    family: str
+    """The name with every digit made 0: the same parameters of layers and experts share it."""
     lister: _Lister | None = None
     """The outermost module around it that lists what is not to decay, and that module's path with a dot at its end."""
-
-
-class ModelParameter(NamedTuple):
-    """A parameter as the user defined it, with every place that holds it: several where it is tied."""
-
-    parameter: nn.Parameter
-    place: Place
-    """The first place, in the order of ``named_parameters``."""
-    tied: tuple[Place, ...] = ()
-    """The other places."""
+    tied: tuple[ModelParameter, ...] = ()
+    """The parameter in its other places."""
 
     @property
-    def places(self) -> tuple[Place, ...]:
-        """Every place."""
-        return (self.place, *self.tied)
-
-    @property
-    def name(self) -> str:
-        """The first name, which is the one that ``named_parameters`` reports."""
-        return self.place.name
+    def places(self) -> tuple[ModelParameter, ...]:
+        """The parameter in every place, in the order of ``named_parameters``."""
+        return (self, *self.tied)
 
     @property
     def names(self) -> list[str]:
-        """Every name."""
+        """Every name; ``named_parameters`` reports the first."""
         return [place.name for place in self.places]
 
     @property
@@ -76,7 +67,7 @@ class ModelParameter(NamedTuple):
     @property
     def ndim(self) -> int:
         """The number of dimensions as the user defined it."""
-        return len(self.shape)
+        return self.parameter.ndim if _is_plain(self.parameter) else len(self.shape)
 
 
 def model_parameters(module: nn.Module) -> list[ModelParameter]:
@@ -94,27 +85,23 @@ def model_parameters(module: nn.Module) -> list[ModelParameter]:
     [['0.weight', '2.weight'], ['0.bias', '2.bias']]
     """
     known: dict[int, ModelParameter] = {}  # by id, as a tensor's own hash is slow
-
-    def add(parameter: nn.Parameter, place: Place) -> None:
-        same = known.get(id(parameter))
-        if same is None:
-            if not _is_plain(parameter):
-                _refuse_without_shape(parameter, place)
-            known[id(parameter)] = ModelParameter(parameter, place)
-        elif place.name not in same.names:
-            known[id(parameter)] = same._replace(tied=(*same.tied, place))
-
-    _visit_places(module, add)
+    for place in _places(module):
+        first = known.setdefault(id(place.parameter), place)
+        if first is not place and place.name not in first.names:
+            known[id(place.parameter)] = first._replace(tied=(*first.tied, place))
+    for parameter in known.values():
+        if not _is_plain(parameter.parameter):
+            _refuse_without_shape(parameter)
     return list(known.values())
 
 
-def _refuse_without_shape(parameter: nn.Parameter, place: Place) -> None:
-    if is_lazy(parameter):
+def _refuse_without_shape(place: ModelParameter) -> None:
+    if is_lazy(place.parameter):
         raise ValueError(
             f"parameter {place.name!r} of {type(place.module).__name__} has no shape yet (it is lazy); run one "
             "batch through the model before the optimizer is built, for example in configure_model()"
         )
-    if getattr(parameter, "_is_flat_param", False):
+    if getattr(place.parameter, "_is_flat_param", False):
         raise ValueError(
             f"FSDP has put the parameters of {type(place.module).__name__} into one flat parameter, where names "
             "and groups cannot be kept apart; wrap the model with use_orig_params=True"
@@ -130,28 +117,30 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
-def _visit_places(module: nn.Module, add: Callable[[nn.Parameter, Place], None]) -> None:
-    """Add every place of every parameter, in the order of ``named_parameters``; no module is entered inside itself."""
+def _places(module: nn.Module) -> list[ModelParameter]:
+    """Every parameter in every place, in the order of ``named_parameters``; no module is entered inside itself."""
+    places: list[ModelParameter] = []
     class_lists: dict[type, bool] = {}  # models have few classes
+    family_of = functools.cache(_family)  # of parts of names, which repeat
 
     def lists(module: nn.Module) -> bool:
         # Of the class or the instance; getattr would ask torch's __getattr__, which is slow where there is nothing.
         cls = type(module)
         if cls not in class_lists:
             class_lists[cls] = any(hasattr(cls, method) for method in _LISTS)
-        return class_lists[cls] or not _LISTS.isdisjoint(vars(module))
+        return class_lists[cls] or not _LISTS.isdisjoint(module.__dict__)
 
-    def visit(module: nn.Module, path: str, above: tuple[nn.Module, ...], lister: _Lister | None) -> None:
+    def visit(module: nn.Module, path: str, family: str, above: tuple[nn.Module, ...], lister: _Lister | None) -> None:
         if lister is None and lists(module):
             lister = module, path
         if isinstance(module, ParametrizationList):
             owner = above[-2] if len(above) > 1 else module
             for original, name in _originals(module, path):
-                add(original, Place(name, owner, lister))
+                places.append(ModelParameter(original, name, owner, _family(name), lister))
         else:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    add(parameter, Place(path + name, module, lister))
+                    places.append(ModelParameter(parameter, path + name, module, family + family_of(name), lister))
         if not module._modules:
             return
         _remember_flattened_by(module)
@@ -159,10 +148,22 @@ def _visit_places(module: nn.Module, add: Callable[[nn.Parameter, Place], None])
         around = (*above, module)
         # named_children() leaves out a module that is there twice.
         for name, child in module._modules.items():
-            if child is not None and child not in around:
-                visit(child, path if wrapper else f"{path}{name}.", around, lister)
+            if child is None or child in around:
+                continue
+            if wrapper:
+                visit(child, path, family, around, lister)
+            else:
+                visit(child, f"{path}{name}.", f"{family}{family_of(name)}.", around, lister)
 
-    visit(module, "", (), None)
+    visit(module, "", "", (), None)
+    return places
+
+
+_ONE_DIGIT = str.maketrans("123456789", "000000000")
+
+
+def _family(name: str) -> str:
+    return name.translate(_ONE_DIGIT)
 
 
 def _is_wrapper(module: nn.Module) -> bool:

@@ -222,7 +222,7 @@ class TestExplanations:
 LEAVES = st.sampled_from(
     [lambda: nn.Linear(2, 3), lambda: nn.Conv1d(2, 2, 3), lambda: nn.LayerNorm(3), lambda: nn.BatchNorm1d(2), nn.ReLU]
 )
-KEYS = st.sampled_from(["a", "norm", "head", "x0", "bias", "Encoder"])
+KEYS = st.sampled_from(["a", "norm", "head", "x0", "x1", "x10", "0", "2", "bias", "Encoder"])
 
 
 @st.composite
@@ -257,8 +257,15 @@ PATTERNS = st.sampled_from(
         "x0*",
         "*?.weight",
         "*[xa]*",
+        "*[!1-9].*",
+        "*[+-Z]*",
+        "*1*",
         "re:^x0",
         r"re:\.a\.",
+        r"re:\d\.",
+        r"re:x[^2-9]",
+        r"re:\N{DIGIT ONE}",
+        r"re:(?P<key>\w+)\.(.*\.)?(?P=key)",
     ]
 )
 CLASSES = st.sampled_from(["*Norm*", "Linear", "_ConvNd", "Module", "Conv*", "LayerNorm"])

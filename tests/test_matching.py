@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 
 import pytest
@@ -100,6 +101,76 @@ class TestSelectors:
     def test_a_parametrized_weight_is_taken_by_its_plain_name(self):
         model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)))
         assert taken(model, params="*.weight", modules=nn.Linear) == ["0.parametrizations.weight.original"]
+
+
+class TestLayersThatRepeat:
+    """Rules are held against one of the parameters whose names differ in digits alone, where that is enough."""
+
+    MODEL = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=i % 2 == 0)) for i in range(12))
+    NAMES = tuple(name for name, _ in MODEL.named_parameters())
+
+    @pytest.mark.parametrize(
+        "pattern",
+        [
+            "1.*",
+            "1[01].*",
+            "*[!02-9].weight",
+            "*[+-/].bias",
+            "*[:-Z]*",
+            "?.[+-Z].bias",
+            r"re:^\d\.",
+            r"re:^\d{2}\.",
+            r"re:^(\d)\1",
+            r"re:^(?P<layer>\d)(?P=layer)\.",
+            r"re:^(?P<layer>\d)\.(?P=layer)\.",
+            r"re:^\N{DIGIT ONE}\.",
+            r"re:^\x31\.",
+            r"re:^\x33\.|^\u0032\.",
+            r"re:(?<!\d)[^0-8]\.",
+            "re:(?x) ^[0-9] \\. 0",
+        ],
+    )
+    def test_patterns_that_tell_digits_apart(self, pattern):
+        matches = (
+            re.compile(pattern[3:]).search
+            if pattern.startswith("re:")
+            else re.compile(fnmatch.translate(pattern)).match
+        )
+        expected = [name for name in self.NAMES if matches(name)]
+        if expected:
+            assert taken(self.MODEL, params=pattern) == expected
+        else:
+            with pytest.raises(ValueError, match="no parameter name matches"):
+                taken(self.MODEL, params=pattern)
+
+    def test_a_predicate_is_asked_for_each_parameter_that_the_other_selectors_leave(self):
+        asked = []
+
+        def even(name, parameter, module):
+            asked.append(name)
+            return int(name.split(".")[0]) % 2 == 0
+
+        names = taken(self.MODEL, params="*.weight", where=even)
+        assert names == [n for n in self.NAMES if n.endswith("weight") and int(n.split(".")[0]) % 2 == 0]
+        assert asked == [n for n in self.NAMES if n.endswith("weight")]
+
+    def test_layers_of_other_classes_and_dimensions_are_told_apart(self):
+        model = nn.ModuleList([nn.Linear(2, 2), nn.LayerNorm(2), nn.Embedding(2, 2), nn.Linear(2, 2)])
+        assert taken(model, params="*weight", modules=nn.Linear) == ["0.weight", "3.weight"]
+        assert taken(model, params="*weight", min_ndim=2) == ["0.weight", "2.weight", "3.weight"]
+
+    def test_what_a_module_lists_is_asked_for_each_parameter(self):
+        class Lists(nn.ModuleList):
+            def no_weight_decay(self):
+                return {"1.weight"}
+
+        model = Lists(nn.Linear(2, 2, bias=False) for _ in range(3))
+        assert taken(model, where="no_weight_decay") == ["1.weight"]
+
+    def test_a_tied_parameter_is_taken_by_any_of_its_names(self):
+        model = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(4))
+        model[3].weight = model[1].weight
+        assert taken(model, params="3.*") == ["1.weight"]
 
 
 def message(model, rules):
