@@ -18,10 +18,18 @@ _HALF = (torch.float16, torch.bfloat16)
 _ROW = 256
 """Elements whose squares are added in float32: few enough that the sum is right to 1e-6 for any data. Longer sums are
 not, though random numbers hide it, as their rounding errors cancel: `torch.dot` of 2^18 equal values is 3e-5 off."""
+_MOST_NORMS = 2**14
+"""Norms that are kept before they are added up: 64 KiB, twice that as float64."""
 _ROWS = 2**14
-"""Rows per call, and norms of rows that are kept before they are added up: 64 KiB, twice that as float64."""
-_HALF_ROWS = 2**9
-"""Rows of half types per call. Torch makes float32 of them first, 0.5 MiB of it: all scratch memory is under 1 MiB."""
+"""Rows per call."""
+_HALF_ROW = 2**10
+"""The same as `_ROW` for half types, of which 1e-5 is asked."""
+_WIDENED_ROWS = 2**9
+"""Rows of half types per call where torch makes float32 of them: 0.5 MiB, as all scratch memory is under 1 MiB."""
+_SMALL = 2**13
+"""Elements up to which a tensor is copied together with others, as a call costs more than that."""
+_JOINED = 2**15
+"""Elements that are copied together: 128 KiB as float32."""
 _WIDENED_PIECE = 2**16
 """Elements per call as float64: 0.5 MiB."""
 _COPIED_PIECE = 2**15
@@ -202,43 +210,71 @@ def _fast_sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     sums: list[Tensor] = []
     norms: list[Tensor] = []
     kept = 0
-    for tensor in tensors:
-        for part in _contiguous_parts(tensor):
-            if part.dtype != torch.float32 and part.dtype not in _HALF:
-                sums.append(_exact_sum_of_squares([part]))
-                continue
-            for norms_of_part in _norms_of_rows(part):
-                norms.append(norms_of_part)
-                kept += norms_of_part.numel()
-                if kept >= _ROWS:
-                    sums.append(_dot(torch.cat(norms)))
-                    norms.clear()
-                    kept = 0
+    for part in _joined_parts(tensors):
+        if part.dtype == torch.float32:
+            found = _norms_of_rows(part, _ROWS)
+        elif part.dtype in _HALF:
+            on_cpu = part.device.type == "cpu"
+            found = _norms_of_half_rows(part) if on_cpu else _norms_of_rows(part, _WIDENED_ROWS)
+        else:
+            sums.append(_exact_sum_of_squares([part]))
+            continue
+        for norms_of_part in found:
+            norms.append(norms_of_part)
+            kept += norms_of_part.numel()
+            if kept >= _MOST_NORMS:
+                sums.append(_sum_of_squares_of_norms(norms))
+                norms.clear()
+                kept = 0
     if norms:
-        sums.append(_dot(torch.cat(norms)))
+        sums.append(_sum_of_squares_of_norms(norms))
     return torch.stack(sums).sum()
 
 
-def _norms_of_rows(part: Tensor) -> Iterator[Tensor]:
+def _sum_of_squares_of_norms(norms: list[Tensor]) -> Tensor:
+    squares = torch.cat(norms).square_()
+    return squares.cpu().sum(dtype=torch.float64) if squares.device.type == "mps" else squares.sum(dtype=torch.float64)
+
+
+def _norms_of_rows(part: Tensor, at_once: int) -> Iterator[Tensor]:
     """1-d tensors of the norms of rows, and of single elements, which are their own norms."""
     size = part.numel()
     if size <= _ROW:
-        yield part.view(-1)
+        yield part.view(-1).to(torch.float32)
         return
-    length = _row_length(size)
+    length = _row_length(size, _ROW)
     count = size // length
     rows = part.as_strided((count, length), (length, 1))
-    at_once = _HALF_ROWS if part.dtype in _HALF else _ROWS
     for some in [rows] if count <= at_once else torch.split(rows, at_once):
         yield torch.linalg.vector_norm(some, 2, 1, dtype=torch.float32)
     if count * length < size:
-        yield part.view(-1)[count * length :].clone()  # a view would keep what was copied alive
+        # A view would keep what was copied alive.
+        yield part.view(-1)[count * length :].to(torch.float32, copy=True)
+
+
+def _norms_of_half_rows(part: Tensor) -> Iterator[Tensor]:
+    """The same on a CPU for half types, of which all norms of torch (2.13) make a float32 copy, or round the result.
+
+    The moments of batch norm are taken without: ‖x‖² = n·(mean² + variance).
+    """
+    flat = part.view(-1)
+    if flat.numel() < _HALF_ROW:
+        yield flat.to(torch.float32)
+        return
+    length = _row_length(flat.numel(), _HALF_ROW)
+    in_rows = flat.numel() // length * length
+    for some in torch.split(flat[:in_rows], _ROWS * length):
+        running = torch.zeros(some.numel() // length)  # not used, but its type is that of the moments
+        mean, variance = torch.batch_norm_update_stats(some.view(1, -1, length), running, running, 0.0)
+        yield torch.addcmul(variance, mean, mean).mul_(length).sqrt_()
+    if in_rows < flat.numel():
+        yield flat[in_rows:].to(torch.float32)
 
 
 @functools.lru_cache(maxsize=4096)
-def _row_length(size: int) -> int:
-    """The length of rows that leaves nothing over, if there is one: a call more costs as much as 10^5 elements."""
-    return next((length for length in range(_ROW, _ROW // 2, -1) if size % length == 0), _ROW)
+def _row_length(size: int, longest: int) -> int:
+    """The length of rows that leaves nothing over, if one of whole cache lines does, as a call more has its price."""
+    return next((length for length in range(longest, longest // 2, -16) if size % length == 0), longest)
 
 
 def _exact_sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
@@ -251,6 +287,24 @@ def _dot(vector: Tensor) -> Tensor:
     # Apple's MPS has no float64.
     wide = (vector.cpu() if vector.device.type == "mps" else vector).to(torch.float64)
     return torch.dot(wide, wide)
+
+
+def _joined_parts(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The elements of tensors as contiguous views, in any order, small tensors of one type copied together."""
+    small: dict[torch.dtype, list[Tensor]] = {}
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors:
+        for part in _contiguous_parts(tensor):
+            size, dtype = part.numel(), part.dtype
+            if size > _SMALL:
+                yield part
+                continue
+            small.setdefault(dtype, []).append(part if part.ndim == 1 else part.view(-1))
+            sizes[dtype] = sizes.get(dtype, 0) + size
+            if sizes[dtype] > _JOINED:
+                yield torch.cat(small.pop(dtype))
+                del sizes[dtype]
+    yield from map(torch.cat, small.values())
 
 
 def _contiguous_parts(tensor: Tensor) -> Iterable[Tensor]:

@@ -65,6 +65,23 @@ class TestAccuracy:
         value = torch.tensor(0.1, dtype=dtype)
         assert relative_error(norm(value.repeat(2 * 10**8)), float(value) * (2e8) ** 0.5) <= 1e-5
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_types_where_every_addition_within_a_row_rounds_the_same_way(self, dtype):
+        row = torch.full((1024,), 2.0**-12, dtype=dtype)
+        row[:8] = 1.0
+        row[1::2] *= -1  # so that the mean is near 0
+        truth = row.double().norm().item() * 1000**0.5
+        assert relative_error(norm(row.repeat(1000)), truth) <= 1e-5
+
+    @pytest.mark.parametrize(
+        "dtypes", [[torch.float32], [torch.bfloat16], [torch.float32, torch.float16, torch.float64]]
+    )
+    def test_many_tensors_of_all_sizes(self, dtypes):
+        torch.manual_seed(0)
+        sizes = [*range(0, 600, 7), 1023, 1024, 1025, 8191, 8192, 8193, *range(9000, 40_000, 1111), 2**15, 2**16 + 1]
+        tensors = [torch.randn(size).to(dtypes[i % len(dtypes)]) for i, size in enumerate(sizes)]
+        assert relative_error(norm(*tensors), float64_norm(tensors)) <= 1e-6
+
     def test_a_float16_weight_of_300_does_not_overflow(self):
         assert norm(torch.full((1000,), 300.0, dtype=torch.float16)) == pytest.approx(300 * 1000**0.5, rel=1e-7)
 
@@ -246,6 +263,18 @@ class TestTheWayForGPUs:
 
     def test_nan(self):
         assert math.isnan(norm(torch.tensor([1.0, math.nan])))
+
+
+class TestTheWayForOtherDevices:
+    """Half types by float32 copies of pieces."""
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("size", [3, 1000, 8193, 10**6 + 1])
+    def test_half_types(self, dtype, size, monkeypatch):
+        monkeypatch.setattr(norms, "_norms_of_half_rows", lambda part: norms._norms_of_rows(part, norms._WIDENED_ROWS))
+        torch.manual_seed(0)
+        x = torch.randn(size).to(dtype)
+        assert relative_error(norm(x), x.double().norm().item()) <= 1e-6
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
