@@ -1,0 +1,129 @@
+"""What the mixin and the monitor cost a training: an epoch with and without, an optimizer step over the groups."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import runpy
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lightning as L
+import torch
+from helpers import trainer
+from measuring import Row, Sizes, against, seconds_in_turn, time_text
+from models import VIT_RULES, ViT
+
+from lightning_regdecay import WeightDecayMixin, WeightDecayMonitor, build_decay_groups
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+WITHOUT = "groups by hand, no monitor"
+
+
+class LitViT(WeightDecayMixin, ViT):
+    decay_rules = VIT_RULES
+    options: dict[str, Any] = {}
+
+    def build_optimizer(self, param_groups: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(param_groups, **self.options)
+
+
+def groups_by_hand(module: torch.nn.Module, rules: Any) -> list[dict[str, Any]]:
+    """The same groups as one would write them, without names."""
+    groups = build_decay_groups(module, rules)
+    return [{"params": list(g.params.values()), "weight_decay": g.rule.weight_decay} for g in groups if g.rule]
+
+
+def without_mixin(lit: type, rules: Any) -> type:
+    """The same module with an optimizer over groups that are written by hand."""
+
+    def configure_optimizers(self: Any) -> torch.optim.Optimizer:
+        lr = self.hparams.get("lr", 1e-3)
+        return torch.optim.AdamW(groups_by_hand(self, rules), lr=lr)
+
+    return type(f"{lit.__name__}ByHand", (lit,), {"configure_optimizers": configure_optimizers})
+
+
+class Stopwatch(L.Callback):
+    """The time of the epochs after the first, the end of the last one included."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            self.start = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.seconds = time.perf_counter() - self.start
+
+
+def rows(sizes: Sizes) -> Iterator[Row]:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*number of training batches.*")
+    example = runpy.run_path(str(EXAMPLES / "digits.py"))
+    data = example["digits"]()[0]
+    rules = {"decay_rules": example["RULES"]}
+    yield from epochs("digits example", example["LitDigits"], rules, example["RULES"], data, 7, 3 * sizes.rounds)
+    vit = {"width": 24, "depth": 2, "heads": 2} if sizes.small else {}
+    yield from epochs("ViT-S", LitViT, vit, VIT_RULES, None, 2, min(sizes.rounds, 7))
+    yield from steps(sizes, vit)
+
+
+def epochs(
+    on: str, lit: type, arguments: dict[str, Any], rules: Any, data: Any, max_epochs: int, rounds: int
+) -> Iterator[Row]:
+    """Epochs with mixin and monitor, against the same with neither, in turn."""
+    by_hand = without_mixin(lit, rules)
+
+    def fit(cls: type, *callbacks: L.Callback) -> float:
+        torch.manual_seed(0)
+        stopwatch = Stopwatch()
+        trainer(max_epochs=max_epochs, callbacks=[*callbacks, stopwatch]).fit(cls(**arguments), data)
+        return stopwatch.seconds
+
+    ways: dict[str, Callable[[], float]] = {
+        WITHOUT: lambda: fit(by_hand),
+        "each epoch": lambda: fit(lit, WeightDecayMonitor(summary=False)),
+        "every 50 steps": lambda: fit(lit, WeightDecayMonitor(every_n_steps=50, summary=False)),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            seconds = way()
+            if number:
+                times[name].append(seconds)
+    medians = {name: median(of_name) for name, of_name in times.items()}
+    for way, goal in (("each epoch", "≤ 1.01"), ("every 50 steps", "≤ 1.02")):
+        # Round by round, as a machine has slow and fast minutes.
+        ratio = median(ours / theirs for ours, theirs in zip(times[way], times[WITHOUT]))
+        yield Row(
+            f"training, logged {way}", on, time_text(medians[way]), WITHOUT, time_text(medians[WITHOUT]), ratio, goal
+        )
+
+
+def steps(sizes: Sizes, vit: dict[str, Any]) -> Iterator[Row]:
+    """An optimizer step over our groups, over the same by hand, and over a group for each parameter."""
+    for kind in ("fused", "foreach"):
+        module = LitViT(**vit)
+        module.options = {kind: True}
+        modules = {"ours": module, "the same groups by hand": copy.deepcopy(module)}
+        modules["a group for each parameter"] = copy.deepcopy(module)
+        lists: dict[str, Any] = {}
+        for name, of_name in modules.items():
+            for parameter in of_name.parameters():
+                parameter.grad = torch.full_like(parameter, 1e-3)
+            lists[name] = groups_by_hand(of_name, VIT_RULES)
+        each = [{"params": [p], "weight_decay": g["weight_decay"]} for g in lists.popitem()[1] for p in g["params"]]
+        optimizers = {
+            "ours": module.configure_optimizers(),
+            "the same groups by hand": torch.optim.AdamW(lists["the same groups by hand"], **module.options),
+            "a group for each parameter": torch.optim.AdamW(each, **module.options),
+        }
+        seconds = seconds_in_turn({name: o.step for name, o in optimizers.items()}, 3 * sizes.rounds)
+        yield from against(f"AdamW step, {kind}", "ViT-S", seconds, "ours", {"the same groups by hand": "1.00"})
