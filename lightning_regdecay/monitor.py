@@ -71,6 +71,7 @@ class WeightDecayMonitor(Callback):
         self.history: list[dict[str, float]] = []
         self._steps_seen = 0
         self._warned: set[str] = set()
+        self._l2_norm: GroupL2Norm | None = None  # kept, as to make one takes as long as the norms of a small model
         self._parameters: dict[str, torch.nn.Parameter] = {}  # of the model, by name
         self._own: frozenset[torch.nn.Parameter] = frozenset()  # the same, without names
 
@@ -124,7 +125,7 @@ class WeightDecayMonitor(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the model."""
-        self._parameters, self._own = {}, frozenset()
+        self._parameters, self._own, self._l2_norm = {}, frozenset(), None
 
     def plot(self, ax: Sequence[Any] | None = None) -> tuple[Figure, Any]:
         """Plot the norm and the penalty of each group over the optimizer steps.
@@ -176,9 +177,11 @@ class WeightDecayMonitor(Callback):
     def _metrics(self, trainer: Trainer) -> dict[str, float]:
         """The logged values of this moment by key."""
         groups = dict(_live_groups(trainer))
-        l2_norm = GroupL2Norm(groups)
-        l2_norm.update({name: self._members(group) for name, group in groups.items()})
-        norms = {name: norm.item() for name, norm in l2_norm.compute().items()}
+        if self._l2_norm is None or self._l2_norm.groups != tuple(groups):
+            self._l2_norm = GroupL2Norm(groups)
+        self._l2_norm.reset()
+        self._l2_norm.update({name: self._members(group) for name, group in groups.items()})
+        norms = {name: norm.item() for name, norm in self._l2_norm.compute().items()}
         metrics = {}
         penalties = []
         for name, group in groups.items():

@@ -26,8 +26,10 @@ _HALF_ROW = 2**10
 """The same as `_ROW` for half types, of which 1e-5 is asked."""
 _WIDENED_ROWS = 2**9
 """Rows of half types per call where torch makes float32 of them: 0.5 MiB, as all scratch memory is under 1 MiB."""
+_FEW = 2**10
+"""Elements up to which a tensor is not worth a call of its own."""
 _SMALL = 2**13
-"""Elements up to which a tensor is copied together with others, as a call costs more than that."""
+"""Elements up to which a tensor is copied together with others of its group, as a call costs more than that."""
 _JOINED = 2**15
 """Elements that are copied together: 128 KiB as float32."""
 _WIDENED_PIECE = 2**16
@@ -86,6 +88,11 @@ class GroupL2Norm(Metric):
         self.add_state("sums_of_squares", torch.zeros(2, len(self.groups), dtype=torch.float64), dist_reduce_fx="sum")
         self._shard_device: torch.device | None = None
 
+    def reset(self) -> None:
+        """Start anew."""
+        super().reset()
+        self._shard_device = None
+
     def update(self, tensors: Mapping[str, Iterable[Tensor]]) -> None:
         """Add tensors to groups.
 
@@ -98,7 +105,8 @@ class GroupL2Norm(Metric):
         """
         if not isinstance(tensors, Mapping):
             raise TypeError(f"update takes a mapping of group names to tensors, got {type(tensors).__name__}")
-        unknown = [name for name in tensors if name not in self.groups]
+        columns = {name: column for column, name in enumerate(self.groups)}
+        unknown = [name for name in tensors if name not in columns]
         if unknown:
             raise ValueError(f"unknown groups {unknown}; this metric was made with {list(self.groups)}")
         parts: list[list[Tensor]] = []
@@ -117,14 +125,15 @@ class GroupL2Norm(Metric):
                 parts.append(of_group)
                 # The same part lies on world size / shards processes, and counts once in the sum over all.
                 weight = shards / dist.get_world_size(self.process_group) if shards > 1 else 1.0
-                places.append((int(shards > 1), self.groups.index(name), weight))
+                places.append((int(shards > 1), columns[name], weight))
                 if shards > 1:
                     self._shard_device = of_group[0].device
-        added = torch.zeros_like(self.sums_of_squares, device="cpu")
+        added = [[0.0] * len(self.groups) for _ in range(2)]
         for (row, column, weight), value in zip(places, _sums_of_squares(parts)):
-            added[row, column] += weight * value
+            added[row][column] += weight * value
         # Not in place, as the state may be an inference tensor.
-        self.sums_of_squares = self.sums_of_squares + added.to(self.sums_of_squares.device)
+        state = self.sums_of_squares
+        self.sums_of_squares = state + torch.tensor(added, dtype=state.dtype, device=state.device)
 
     def compute(self) -> dict[str, Tensor]:
         """The norm of every group.
@@ -203,45 +212,60 @@ def _by_tensors(groups: Sequence[Iterable[Tensor]]) -> list[float]:
 
 def _by_rows(groups: Sequence[Iterable[Tensor]]) -> list[float]:
     """For a CPU, and right anywhere: float32 within rows of up to 256 elements, float64 across them."""
-    return torch.stack([_fast_sum_of_squares(tensors) for tensors in groups]).tolist()
-
-
-def _fast_sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
+    indices: list[int] = []
     sums: list[Tensor] = []
-    norms: list[Tensor] = []
-    kept = 0
-    for part in _joined_parts(tensors):
-        if part.dtype == torch.float32:
-            found = _norms_of_rows(part, _ROWS)
-        elif part.dtype in _HALF:
-            on_cpu = part.device.type == "cpu"
-            found = _norms_of_half_rows(part) if on_cpu else _norms_of_rows(part, _WIDENED_ROWS)
-        else:
-            sums.append(_exact_sum_of_squares([part]))
-            continue
-        for norms_of_part in found:
-            norms.append(norms_of_part)
-            kept += norms_of_part.numel()
-            if kept >= _MOST_NORMS:
-                sums.append(_sum_of_squares_of_norms(norms))
-                norms.clear()
-                kept = 0
-    if norms:
-        sums.append(_sum_of_squares_of_norms(norms))
-    return torch.stack(sums).sum()
+    for norms in _batches(_norms(groups)):
+        of_batch = _sums_by_group(norms)
+        indices += of_batch
+        sums += of_batch.values()
+    totals = [0.0] * len(groups)
+    for index, value in zip(indices, torch.stack(sums).tolist()):
+        totals[index] += value
+    return totals
 
 
-def _sum_of_squares_of_norms(norms: list[Tensor]) -> Tensor:
-    squares = torch.cat(norms).square_()
-    return squares.cpu().sum(dtype=torch.float64) if squares.device.type == "mps" else squares.sum(dtype=torch.float64)
+def _norms(groups: Sequence[Iterable[Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """1-d tensors of the norms of parts of each group, with the number of the group."""
+    for index, tensors in enumerate(groups):
+        for part in _joined_parts(tensors):
+            if part.numel() <= _FEW and (part.dtype == torch.float32 or part.dtype in _HALF):
+                yield index, part.view(-1).to(torch.float32)  # single elements are their own norms
+            elif part.dtype == torch.float32:
+                yield from ((index, norms) for norms in _norms_of_rows(part, _ROWS))
+            elif part.dtype not in _HALF:
+                yield index, _exact_sum_of_squares([part]).sqrt().view(1)
+            elif part.device.type == "cpu" and part.numel() > _WIDENED_ROWS * _ROW:
+                yield from ((index, norms) for norms in _norms_of_half_rows(part))
+            else:
+                yield from ((index, norms) for norms in _norms_of_rows(part, _WIDENED_ROWS))
+
+
+def _batches(norms: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
+    """So many that they are worth a call and take little memory."""
+    batch: list[tuple[int, Tensor]] = []
+    size = 0
+    for index, of_part in norms:
+        batch.append((index, of_part))
+        size += of_part.numel()
+        if size >= _MOST_NORMS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _sums_by_group(norms: Sequence[tuple[int, Tensor]]) -> dict[int, Tensor]:
+    sizes: dict[int, int] = {}
+    for index, of_part in norms:  # group after group
+        sizes[index] = sizes.get(index, 0) + of_part.numel()
+    squares = torch.cat([of_part for _, of_part in norms]).square_()
+    wide = (squares.cpu() if squares.device.type == "mps" else squares).to(torch.float64)  # which MPS does not have
+    return dict(zip(sizes, map(torch.sum, torch.split(wide, list(sizes.values())))))
 
 
 def _norms_of_rows(part: Tensor, at_once: int) -> Iterator[Tensor]:
-    """1-d tensors of the norms of rows, and of single elements, which are their own norms."""
+    """Of rows, and of the single elements that are left over."""
     size = part.numel()
-    if size <= _ROW:
-        yield part.view(-1).to(torch.float32)
-        return
     length = _row_length(size, _ROW)
     count = size // length
     rows = part.as_strided((count, length), (length, 1))
@@ -253,14 +277,11 @@ def _norms_of_rows(part: Tensor, at_once: int) -> Iterator[Tensor]:
 
 
 def _norms_of_half_rows(part: Tensor) -> Iterator[Tensor]:
-    """The same on a CPU for half types, of which all norms of torch (2.13) make a float32 copy, or round the result.
+    """On a CPU, for half types, of which all norms of torch (2.13) make a float32 copy, or round the result.
 
     The moments of batch norm are taken without: ‖x‖² = n·(mean² + variance).
     """
     flat = part.view(-1)
-    if flat.numel() < _HALF_ROW:
-        yield flat.to(torch.float32)
-        return
     length = _row_length(flat.numel(), _HALF_ROW)
     in_rows = flat.numel() // length * length
     for some in torch.split(flat[:in_rows], _MOST_NORMS * length):
@@ -304,7 +325,8 @@ def _joined_parts(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
             if sizes[dtype] > _JOINED:
                 yield torch.cat(small.pop(dtype))
                 del sizes[dtype]
-    yield from map(torch.cat, small.values())
+    for parts in small.values():
+        yield torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _contiguous_parts(tensor: Tensor) -> Iterable[Tensor]:
