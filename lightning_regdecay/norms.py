@@ -18,10 +18,12 @@ _HALF = (torch.float16, torch.bfloat16)
 _ROW = 256
 """Elements whose squares are added in float32: few enough that the sum is right to 1e-6 for any data. Longer sums are
 not, though random numbers hide it, as their rounding errors cancel: `torch.dot` of 2^18 equal values is 3e-5 off."""
-_MOST_NORMS = 2**14
-"""Norms that are kept before they are added up: 64 KiB, twice that as float64."""
-_ROWS = 2**15
-"""Rows per call: 128 KiB of norms."""
+_ROW_OF_NORMS = 64
+"""The same for norms of rows, which are rounded already."""
+_ROWS = 2**14
+"""Rows per call: 64 KiB of norms. Twice that may come from the kernel each time, page by page, which is slow."""
+_MOST_NORMS = 2**13
+"""Norms that are kept before they are added up in float64."""
 _HALF_ROW = 2**10
 """The same as `_ROW` for half types, of which 1e-5 is asked."""
 _WIDENED_ROWS = 2**9
@@ -225,19 +227,33 @@ def _by_rows(groups: Sequence[Iterable[Tensor]]) -> list[float]:
 
 
 def _norms(groups: Sequence[Iterable[Tensor]]) -> Iterator[tuple[int, Tensor]]:
-    """1-d tensors of the norms of parts of each group, with the number of the group."""
+    """The number of a group, and a tensor that has the norm of a part of it, over and over."""
     for index, tensors in enumerate(groups):
         for part in _joined_parts(tensors):
-            if part.numel() <= _FEW and (part.dtype == torch.float32 or part.dtype in _HALF):
-                yield index, part.view(-1).to(torch.float32)  # single elements are their own norms
-            elif part.dtype == torch.float32:
-                yield from ((index, norms) for norms in _norms_of_rows(part, _ROWS))
-            elif part.dtype not in _HALF:
-                yield index, _exact_sum_of_squares([part]).sqrt().view(1)
-            elif part.device.type == "cpu" and part.numel() > _WIDENED_ROWS * _ROW:
-                yield from ((index, norms) for norms in _norms_of_half_rows(part))
+            for norms in _norms_of(part):
+                yield index, norms
+
+
+def _norms_of(part: Tensor) -> Iterator[Tensor]:
+    """Few elements in 1-d tensors, with the norm of all elements of a part: norms of rows, and of rows of these."""
+    if part.dtype != torch.float32 and part.dtype not in _HALF:
+        yield _exact_sum_of_squares([part]).sqrt().view(1)
+    elif part.numel() <= _FEW:
+        yield part.view(-1).to(torch.float32)
+    else:
+        for norms in _norms_of_rows(part):
+            if norms.numel() <= _FEW:
+                yield norms
             else:
-                yield from ((index, norms) for norms in _norms_of_rows(part, _WIDENED_ROWS))
+                yield from _norms_of_float32_rows(norms, _ROW_OF_NORMS, _ROWS)
+
+
+def _norms_of_rows(part: Tensor) -> Iterator[Tensor]:
+    if part.dtype == torch.float32:
+        return _norms_of_float32_rows(part, _ROW, _ROWS)
+    if part.device.type == "cpu" and part.numel() > _WIDENED_ROWS * _ROW:
+        return _norms_of_half_rows(part)
+    return _norms_of_float32_rows(part, _ROW, _WIDENED_ROWS)
 
 
 def _batches(norms: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
@@ -263,10 +279,10 @@ def _sums_by_group(norms: Sequence[tuple[int, Tensor]]) -> dict[int, Tensor]:
     return dict(zip(sizes, map(torch.sum, torch.split(wide, list(sizes.values())))))
 
 
-def _norms_of_rows(part: Tensor, at_once: int) -> Iterator[Tensor]:
+def _norms_of_float32_rows(part: Tensor, longest: int, at_once: int) -> Iterator[Tensor]:
     """Of rows, and of the single elements that are left over."""
     size = part.numel()
-    length = _row_length(size, _ROW)
+    length = _row_length(size, longest)
     count = size // length
     rows = part.as_strided((count, length), (length, 1))
     for some in [rows] if count <= at_once else torch.split(rows, at_once):
@@ -284,7 +300,7 @@ def _norms_of_half_rows(part: Tensor) -> Iterator[Tensor]:
     flat = part.view(-1)
     length = _row_length(flat.numel(), _HALF_ROW)
     in_rows = flat.numel() // length * length
-    for some in torch.split(flat[:in_rows], _MOST_NORMS * length):
+    for some in torch.split(flat[:in_rows], _ROWS * length):
         running = torch.zeros(some.numel() // length)  # not used, but its type is that of the moments
         mean, variance = torch.batch_norm_update_stats(some.view(1, -1, length), running, running, 0.0)
         yield torch.addcmul(variance, mean, mean).mul_(length).sqrt_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -271,7 +272,8 @@ class TestTheWayForOtherDevices:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("size", [3, 1000, 8193, 10**6 + 1])
     def test_half_types(self, dtype, size, monkeypatch):
-        monkeypatch.setattr(norms, "_norms_of_half_rows", lambda part: norms._norms_of_rows(part, norms._WIDENED_ROWS))
+        by_copies = functools.partial(norms._norms_of_float32_rows, longest=norms._ROW, at_once=norms._WIDENED_ROWS)
+        monkeypatch.setattr(norms, "_norms_of_half_rows", by_copies)
         torch.manual_seed(0)
         x = torch.randn(size).to(dtype)
         assert relative_error(norm(x), x.double().norm().item()) <= 1e-6
