@@ -100,21 +100,28 @@ def machine() -> str:
 
 
 HEADER = ("what", "on", "ours", "peer", "theirs", "ratio", "to reach", "error", "their error")
+_TEXTS = (0, 1, 3)  # columns of words; the others hold figures
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Plain text, texts to the left and figures to the right."""
-
-    def figure(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    cells = [HEADER]
-    for row in rows:
-        texts = (row.what, row.on, row.ours, row.peer, row.theirs, figure(row.ratio, ".3g"), row.goal)
-        cells.append((*texts, figure(row.error, ".0e"), figure(row.their_error, ".0e")))
+def table(rows: Iterable[Row], markdown: bool = False) -> str:
+    """Words to the left and figures to the right; as plain text, or as Markdown without what was to be reached."""
+    cells = [HEADER, *map(_cells, rows)]
+    if markdown:
+        cells = [(*row[:6], *row[7:]) for row in cells]
+        rule = tuple("---" if i in _TEXTS else "---:" for i in range(len(cells[0])))
+        return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:]))
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [
-        "  ".join(c.ljust(w) if i in (0, 1, 3) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        "  ".join(c.ljust(w) if i in _TEXTS else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
         for row in cells
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def figure(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    ratio = figure(row.ratio, ".2f" if (row.ratio or 0) < 10 else ".0f")
+    errors = figure(row.error, ".0e"), figure(row.their_error, ".0e")
+    return row.what, row.on, row.ours, row.peer, row.theirs, ratio, row.goal, *errors

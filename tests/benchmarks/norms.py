@@ -92,7 +92,7 @@ def compare(case: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, ro
     size = flat.nbytes
     del flat
     one_read = min(seconds.pop("sum"), seconds.pop("dot", math.inf))
-    label = f"{ONE_READ}, {size / one_read / 1e9:.0f} GB/s"
+    label = f"{ONE_READ} ({size / one_read / 1e9:.0f} GB/s)"
     goals = {label: "≤ 1.15", TOTAL_NORM: "≤ 0.5", LOOP: "≤ 0.5"} if dtype == torch.float32 else {}
     what = f"norms, {str(dtype).removeprefix('torch.')}"
     goals[LOOP_FLOAT32] = "≤ 0.4"
@@ -152,7 +152,7 @@ def on_gpu(dtype: torch.dtype, sizes: Sizes) -> Iterator[Row]:
     bandwidth = 2 * sum(tensor.nbytes for tensor in tensors) / seconds.pop("copy")
     of_bandwidth = sum(tensor.nbytes for tensor in tensors) / seconds["ours"] / bandwidth
     what, on = f"norms, CUDA, {str(dtype).removeprefix('torch.')}", f"{count} tensors of 1e+07"
-    copied = f"bandwidth of a copy, {bandwidth / 1e9:.0f} GB/s"
+    copied = f"bandwidth of a copy ({bandwidth / 1e9:.0f} GB/s)"
     yield Row(what, on, time_text(seconds["ours"]), copied, "", of_bandwidth, "≥ 0.8")
     yield from against(what, on, seconds, "ours", {}, errors(tensors, {k: WAYS[k] for k in ("ours", TOTAL_NORM, LOOP)}))
 

@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--growth", metavar="PICTURE", help="draw the cost against the growth, instead of the table")
+    parser.add_argument("--markdown", action="store_true", help="print the table as the README has it")
     parser.add_argument("--small", action="store_true", help="only see that it runs")
     args = parser.parse_args()
     sizes = SMALL if args.small else FULL
@@ -38,7 +39,7 @@ def main() -> None:
         return
     print(machine(), flush=True)
     rows = [row for part in args.only.split(",") for row in PARTS[part](sizes)]
-    print(table(rows))
+    print(table(rows, args.markdown))
 
 
 if __name__ == "__main__":
