@@ -11,6 +11,7 @@ so is what needs a GPU. Everything takes some ten minutes on two cores, and 12 G
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import grouping
 import growth
@@ -26,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--growth", metavar="PICTURE", help="draw the cost against the growth, instead of the table")
-    parser.add_argument("--markdown", action="store_true", help="print the table as the README has it")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="write the table as the README has it, too")
     parser.add_argument("--small", action="store_true", help="only see that it runs")
     args = parser.parse_args()
     sizes = SMALL if args.small else FULL
@@ -39,7 +40,9 @@ def main() -> None:
         return
     print(machine(), flush=True)
     rows = [row for part in args.only.split(",") for row in PARTS[part](sizes)]
-    print(table(rows, args.markdown))
+    print(table(rows))
+    if args.markdown:
+        args.markdown.write_text(table(rows, markdown=True) + "\n")
 
 
 if __name__ == "__main__":
