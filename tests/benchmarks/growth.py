@@ -13,7 +13,10 @@ from norms import LOOP, TOTAL_NORM, WAYS, errors, reads
 
 from lightning_regdecay import build_decay_groups
 
-STYLE: dict[str, dict[str, Any]] = {"ours": {"color": "tab:red", "linewidth": 2.5, "zorder": 3}}
+STYLE: dict[str, dict[str, Any]] = {
+    "ours": {"color": "black", "linewidth": 2.5, "zorder": 3, "label": "lightning_regdecay"},
+    TOTAL_NORM: {"linewidth": 3.5, "alpha": 0.5},
+}
 
 
 def draw(path: str, sizes: Sizes) -> None:
@@ -39,7 +42,7 @@ def draw(path: str, sizes: Sizes) -> None:
 
 def curves(axes: Any, points: dict[str, list[tuple[float, float]]]) -> None:
     for name, of_name in points.items():
-        axes.loglog(*zip(*of_name), marker=".", label=name, **STYLE.get(name, {}))
+        axes.loglog(*zip(*of_name), marker=".", **{"label": name, **STYLE.get(name, {})})
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 

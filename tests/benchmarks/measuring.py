@@ -122,6 +122,6 @@ def _cells(row: Row) -> tuple[str, ...]:
     def figure(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    ratio = figure(row.ratio, ".2f" if (row.ratio or 0) < 10 else ".0f")
+    ratio = figure(row.ratio, ".2g" if (row.ratio or 0) < 0.1 else ".2f" if (row.ratio or 0) < 10 else ".0f")
     errors = figure(row.error, ".0e"), figure(row.their_error, ".0e")
     return row.what, row.on, row.ours, row.peer, row.theirs, ratio, row.goal, *errors

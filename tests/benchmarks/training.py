@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import lightning as L
 import torch
 from helpers import trainer
-from measuring import Row, Sizes, against, seconds_in_turn
+from measuring import Row, Sizes, against, seconds_in_turn, time_text
 from models import VIT_RULES, ViT
 
 from lightning_regdecay import WeightDecayMixin, WeightDecayMonitor, build_decay_groups
@@ -68,6 +68,28 @@ class Stopwatch(L.Callback):
         return [end - start for start, end in itertools.pairwise(self.starts)][1:]
 
 
+class TimedMonitor(WeightDecayMonitor):
+    """Adds up the time of its own hooks, which is what a noisy machine still tells."""
+
+    def __init__(self) -> None:
+        super().__init__(summary=False)
+        self.seconds = 0.0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._timed(super().on_train_batch_end, args)
+
+    def on_validation_start(self, *args: Any) -> None:
+        self._timed(super().on_validation_start, args)
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        self._timed(super().on_train_epoch_end, args)
+
+    def _timed(self, hook: Callable[..., None], args: Any) -> None:
+        start = time.perf_counter()
+        hook(*args)
+        self.seconds += time.perf_counter() - start
+
+
 def rows(sizes: Sizes) -> Iterator[Row]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -106,6 +128,10 @@ def epochs(
     for way, goal in (("each epoch", "≤ 1.01"), ("every 50 steps", "≤ 1.02")):
         pair = {way: seconds[way], WITHOUT: seconds[WITHOUT]}
         yield from against(f"an epoch, logged {way}", on, pair, way, {WITHOUT: goal})
+    monitor = TimedMonitor()
+    epoch = median(fit(lit, monitor))
+    own = monitor.seconds / max_epochs
+    yield Row("the monitor's hooks", on, time_text(own), "the epoch", time_text(epoch), own / epoch, "≤ 0.01")
 
 
 def steps(sizes: Sizes, vit: dict[str, Any]) -> Iterator[Row]:
