@@ -42,8 +42,9 @@ class Matcher:
 def first_takers(matchers: Sequence[Matcher], parameters: Iterable[ModelParameter]) -> list[int | None]:
     """The number of the first rule that takes each parameter, None where there is none.
 
-    Layers and experts repeat: parameters whose names differ in digits alone, of one class of module and one number of
-    dimensions, are a kind, and most rules take a kind as a whole. So rules are held against kinds where they can be.
+    Layers and experts repeat: parameters of one family (their names differ in digits alone), one class of module and
+    one number of dimensions are a kind, and most rules take a kind as a whole. So rules are held against kinds where
+    they can be.
     """
     plans: dict[tuple[str, type, int], _Plan] = {}
     takers = []
@@ -74,7 +75,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(matchers: Sequence[Matcher], parameter: ModelParameter) -> _Plan:
-    """For the kind of a parameter."""
+    """What is known for the kind that a parameter is of."""
     undecided: list[tuple[int, list[_Condition]]] = []
     for index, matcher in enumerate(matchers):
         if all(condition.holds(parameter) for condition in matcher.conditions if condition.by_kind):

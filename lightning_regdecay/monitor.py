@@ -97,6 +97,7 @@ class WeightDecayMonitor(Callback):
         remember_flattened(pl_module if trainer.strategy.model is None else trainer.strategy.model)
         self._parameters = {name: p.parameter for p in model_parameters(pl_module) for name in p.names}
         self._own = frozenset(self._parameters.values())
+        self._l2_norm = None  # a fit that failed has left its own
         for optimizer in trainer.optimizers:
             refresh_schedules(optimizer)
         # Not in on_fit_start, where a resumed run does not hold the λ and lr of its checkpoint yet.

@@ -87,7 +87,8 @@ class GroupL2Norm(Metric):
         if len(set(self.groups)) != len(self.groups):
             raise ValueError(f"group names must be unique, got {list(self.groups)}")
         # Of the tensors that this process has whole, and of those it has a part of.
-        self.add_state("sums_of_squares", torch.zeros(2, len(self.groups), dtype=torch.float64), dist_reduce_fx="sum")
+        zeros = torch.zeros(2, len(self.groups), dtype=torch.float64, device="cpu")
+        self.add_state("sums_of_squares", zeros, dist_reduce_fx="sum")
         self._shard_device: torch.device | None = None
 
     def reset(self) -> None:
@@ -271,8 +272,9 @@ def _batches(norms: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Te
 
 
 def _sums_by_group(norms: Sequence[tuple[int, Tensor]]) -> dict[int, Tensor]:
+    """The sum of squares of each group, of norms that come group after group."""
     sizes: dict[int, int] = {}
-    for index, of_part in norms:  # group after group
+    for index, of_part in norms:
         sizes[index] = sizes.get(index, 0) + of_part.numel()
     squares = torch.cat([of_part for _, of_part in norms]).square_()
     wide = (squares.cpu() if squares.device.type == "mps" else squares).to(torch.float64)  # which MPS does not have
@@ -301,7 +303,8 @@ def _norms_of_half_rows(part: Tensor) -> Iterator[Tensor]:
     length = _row_length(flat.numel(), _HALF_ROW)
     in_rows = flat.numel() // length * length
     for some in torch.split(flat[:in_rows], _ROWS * length):
-        running = torch.zeros(some.numel() // length)  # not used, but its type is that of the moments
+        # Not used, but its type is that of the moments.
+        running = torch.zeros(some.numel() // length, dtype=torch.float32, device=some.device)
         mean, variance = torch.batch_norm_update_stats(some.view(1, -1, length), running, running, 0.0)
         yield torch.addcmul(variance, mean, mean).mul_(length).sqrt_()
     if in_rows < flat.numel():

@@ -47,7 +47,7 @@ class ModelParameter(NamedTuple):
     lister: _Lister | None = None
     """The outermost module around it that lists what is not to decay, and that module's path with a dot at its end."""
     tied: tuple[ModelParameter, ...] = ()
-    """The parameter in its other places."""
+    """The parameter in its other places, which name no places themselves."""
 
     @property
     def places(self) -> tuple[ModelParameter, ...]:
@@ -85,10 +85,13 @@ def model_parameters(module: nn.Module) -> list[ModelParameter]:
     [['0.weight', '2.weight'], ['0.bias', '2.bias']]
     """
     known: dict[int, ModelParameter] = {}  # by id, as a tensor's own hash is slow
+    tied: dict[int, dict[str, ModelParameter]] = {}
     for place in _places(module):
         first = known.setdefault(id(place.parameter), place)
-        if first is not place and place.name not in first.names:
-            known[id(place.parameter)] = first._replace(tied=(*first.tied, place))
+        if place.name != first.name:
+            tied.setdefault(id(place.parameter), {}).setdefault(place.name, place)
+    for key, places in tied.items():
+        known[key] = known[key]._replace(tied=tuple(places.values()))
     for parameter in known.values():
         if not _is_plain(parameter.parameter):
             _refuse_without_shape(parameter)
@@ -224,7 +227,10 @@ def _flattened_by_fsdp1(tensor: torch.Tensor) -> _Flattened | None:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether nothing marks a tensor as a part of another, told without asking for attributes, which is slow."""
+    """Whether nothing marks a tensor as a part of another: FSDP and DeepSpeed do so by attributes of the instance.
+
+    To ask for an attribute that is not there is slow.
+    """
     return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.__dict__
 
 

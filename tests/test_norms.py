@@ -170,6 +170,32 @@ class TestValuesAndLayouts:
         assert 0 < peak_memory(profile) <= 2**20
 
 
+class TestDefaults:
+    """What else the program has set as torch's defaults is no matter."""
+
+    @pytest.fixture(autouse=True)
+    def restore(self):
+        yield
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+    @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_default_dtype(self, dtype, default):
+        torch.manual_seed(0)
+        x = torch.randn(300_001, dtype=torch.float32).to(dtype)
+        torch.set_default_dtype(default)
+        assert norm(x, x[:100], x[:5000]) == pytest.approx(float64_norm([x, x[:100], x[:5000]]), rel=1e-6)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+    def test_default_device(self, dtype):
+        torch.manual_seed(0)
+        x = torch.randn(300_001, dtype=torch.float32).to(dtype)
+        truth = float64_norm([x])
+        torch.set_default_device("meta")
+        assert norm(x) == pytest.approx(truth, rel=1e-6)
+
+
 class TestMetric:
     def test_updates_add_up_and_reset_starts_anew(self):
         metric = GroupL2Norm(["a", "b"])
@@ -180,6 +206,13 @@ class TestMetric:
         metric.reset()
         metric.update({"b": [torch.ones(1)]})
         assert {name: value.item() for name, value in metric.compute().items()} == {"a": 0.0, "b": 1.0}
+
+    def test_reset_forgets_that_something_was_sharded(self):
+        metric = GroupL2Norm(["a"])
+        metric._shard_device = torch.device("cpu")  # as after an update with a shard
+        metric.reset()
+        metric.update({"a": [torch.ones(4)]})
+        assert metric.compute()["a"].item() == 2.0  # and asks no other process, of which there is none
 
     def test_forward_and_parameters_with_gradients(self):
         layer = torch.nn.Linear(3, 2)
