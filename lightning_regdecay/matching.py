@@ -233,7 +233,7 @@ def _imported_class(path: str) -> type | None:
 
 def problem_of(matcher: Matcher, module: nn.Module, parameters: Sequence[ModelParameter]) -> str | None:
     """What is wrong with a rule whatever the others take: a pattern, class or combination that nothing matches."""
-    names = [place.name for p in parameters for place in p.places]
+    names = [name for p in parameters for name in p.names]
     for pattern in patterns_of(matcher.rule):
         if not any(map(compile_pattern(pattern), names)):
             return f"no parameter name matches {pattern!r}; {_pattern_hint(pattern, names)}"

@@ -33,7 +33,7 @@ _FEW = 2**10
 _SMALL = 2**13
 """Elements up to which a tensor is copied together with others of its group, as a call costs more than that."""
 _JOINED = 2**15
-"""Elements that are copied together: 128 KiB as float32."""
+"""Elements of small tensors from which on they are copied together: little more than 128 KiB as float32."""
 _WIDENED_PIECE = 2**16
 """Elements per call as float64: 0.5 MiB."""
 _COPIED_PIECE = 2**15
@@ -232,7 +232,7 @@ def _norms(groups: Sequence[Iterable[Tensor]]) -> Iterator[tuple[int, Tensor]]:
     for index, tensors in enumerate(groups):
         for part in _joined_parts(tensors):
             for norms in _norms_of(part):
-                yield index, norms
+                yield index, _off_mps(norms)
 
 
 def _norms_of(part: Tensor) -> Iterator[Tensor]:
@@ -276,9 +276,8 @@ def _sums_by_group(norms: Sequence[tuple[int, Tensor]]) -> dict[int, Tensor]:
     sizes: dict[int, int] = {}
     for index, of_part in norms:
         sizes[index] = sizes.get(index, 0) + of_part.numel()
-    squares = torch.cat([of_part for _, of_part in norms]).square_()
-    wide = (squares.cpu() if squares.device.type == "mps" else squares).to(torch.float64)  # which MPS does not have
-    return dict(zip(sizes, map(torch.sum, torch.split(wide, list(sizes.values())))))
+    squares = torch.cat([of_part for _, of_part in norms]).square_().to(torch.float64)
+    return dict(zip(sizes, map(torch.sum, torch.split(squares, list(sizes.values())))))
 
 
 def _norms_of_float32_rows(part: Tensor, longest: int, at_once: int) -> Iterator[Tensor]:
@@ -324,9 +323,13 @@ def _exact_sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _dot(vector: Tensor) -> Tensor:
-    # Apple's MPS has no float64.
-    wide = (vector.cpu() if vector.device.type == "mps" else vector).to(torch.float64)
+    wide = _off_mps(vector).to(torch.float64)
     return torch.dot(wide, wide)
+
+
+def _off_mps(tensor: Tensor) -> Tensor:
+    """Apple's MPS has no float64."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 def _joined_parts(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

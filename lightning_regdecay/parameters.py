@@ -67,7 +67,7 @@ class ModelParameter(NamedTuple):
     @property
     def ndim(self) -> int:
         """The number of dimensions as the user defined it."""
-        return self.parameter.ndim if _is_plain(self.parameter) else len(self.shape)
+        return len(self.shape)
 
 
 def model_parameters(module: nn.Module) -> list[ModelParameter]:

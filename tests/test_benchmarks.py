@@ -38,3 +38,9 @@ def test_the_cost_against_growth_is_drawn(tmp_path):
 def test_a_part_that_is_not_there_is_named(tmp_path):
     output = run_python(RUN, "--only", "norm", cwd=tmp_path, timeout=300, returncode=2)
     assert "unknown norm; known are norms, training, grouping, importing" in output
+
+
+@pytest.mark.parametrize("option", ["--growth", "--markdown"])
+def test_a_folder_that_is_not_there_is_named_before_anything_is_measured(option, tmp_path):
+    output = run_python(RUN, option, "nowhere/file", cwd=tmp_path, timeout=300, returncode=2)
+    assert "there is no folder 'nowhere' to write 'file' to" in output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ STYLE: dict[str, dict[str, Any]] = {
 }
 
 
-def draw(path: str, sizes: Sizes) -> None:
+def draw(path: Path, sizes: Sizes) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -50,13 +51,14 @@ def curves(axes: Any, points: dict[str, list[tuple[float, float]]]) -> None:
 def grouping(sizes: Sizes) -> dict[str, list[tuple[float, float]]]:
     """10³ to 10⁹ parameters: up to 10⁵ of them wider matrices, from there on more of them."""
     points: dict[str, list[tuple[float, float]]] = {}
+    peers = installed_peers()
     for tensors, width in ((20, 7), (20, 23), (20, 70), (100, 100), (1000, 100), (10_000, 100), (100_000, 100)):
         if tensors > sizes.tensors:
             continue
         model = on_meta(MixtureOfExperts, tensors, width)
         count = sum(parameter.numel() for parameter in model.parameters())
         calls = {"ours": partial(build_decay_groups, model, [{**rule, "optional": True} for rule in RULES])}
-        calls |= {name: partial(peer, model) for name, peer in installed_peers().items()}
+        calls |= {name: partial(peer, model) for name, peer in peers.items()}
         calls[NAMED] = lambda model=model: list(model.named_parameters())
         for name, seconds in seconds_in_turn(calls, min(sizes.rounds, 3)).items():
             points.setdefault(name, []).append((count, seconds))

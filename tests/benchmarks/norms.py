@@ -74,8 +74,9 @@ def rows(sizes: Sizes) -> Iterator[Row]:
             yield from compare(case, shapes, dtype, sizes.rounds)
     for elements in [n for n in (10**7, 10**8, 10**9) if n < sizes.elements] + [sizes.elements]:
         yield from compare(f"one tensor, {elements:.0e}", [(elements,)], torch.float32, min(sizes.rounds, 5))
-    for case, shapes in cases.items():
-        yield memory(case, [torch.randn(shape) for shape in shapes])
+    for dtype in (torch.float32, torch.bfloat16):
+        for case, shapes in cases.items():
+            yield memory(case, [torch.randn(shape).to(dtype) for shape in shapes])
     if torch.cuda.is_available():
         for dtype in (torch.float32, torch.bfloat16):
             yield from on_gpu(dtype, sizes)
@@ -94,9 +95,13 @@ def compare(case: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, ro
     one_read = min(seconds.pop("sum"), seconds.pop("dot", math.inf))
     label = f"{ONE_READ} ({size / one_read / 1e9:.0f} GB/s)"
     goals = {label: "≤ 1.15", TOTAL_NORM: "≤ 0.5", LOOP: "≤ 0.5"} if dtype == torch.float32 else {}
-    what = f"norms, {str(dtype).removeprefix('torch.')}"
+    what = f"norms, {type_name(dtype)}"
     goals[LOOP_FLOAT32] = "≤ 0.4"
     yield from against(what, case, {**seconds, label: one_read}, "ours", goals, errors(tensors, ways))
+
+
+def type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def reads(flat: Tensor) -> dict[str, Callable[[], object]]:
@@ -124,7 +129,8 @@ def memory(case: str, tensors: Sequence[Tensor]) -> Row:
     norm(tensors)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         norm(tensors)
-    return Row("memory of one event", case, f"{peak_memory(profile) / 2**20:.2f} MiB", goal="< 1 MiB")
+    what = f"memory of one event, {type_name(tensors[0].dtype)}"
+    return Row(what, case, f"{peak_memory(profile) / 2**20:.2f} MiB", goal="< 1 MiB")
 
 
 def on_gpu(dtype: torch.dtype, sizes: Sizes) -> Iterator[Row]:
@@ -151,7 +157,7 @@ def on_gpu(dtype: torch.dtype, sizes: Sizes) -> Iterator[Row]:
     # A copy reads and writes.
     bandwidth = 2 * sum(tensor.nbytes for tensor in tensors) / seconds.pop("copy")
     of_bandwidth = sum(tensor.nbytes for tensor in tensors) / seconds["ours"] / bandwidth
-    what, on = f"norms, CUDA, {str(dtype).removeprefix('torch.')}", f"{count} tensors of 1e+07"
+    what, on = f"norms, CUDA, {type_name(dtype)}", f"{count} tensors of 1e+07"
     copied = f"bandwidth of a copy ({bandwidth / 1e9:.0f} GB/s)"
     yield Row(what, on, time_text(seconds["ours"]), copied, "", of_bandwidth, "≥ 0.8")
     yield from against(what, on, seconds, "ours", {}, errors(tensors, {k: WAYS[k] for k in ("ours", TOTAL_NORM, LOOP)}))

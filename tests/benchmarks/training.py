@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import runpy
@@ -134,23 +133,24 @@ def epochs(
     yield Row("the monitor's hooks", on, time_text(own), "the epoch", time_text(epoch), own / epoch, "≤ 0.01")
 
 
+STEPS: dict[str, Callable[[LitViT], torch.optim.Optimizer]] = {
+    "ours": lambda module: module.configure_optimizers(),
+    "the same groups by hand": lambda module: module.build_optimizer(groups_by_hand(module, VIT_RULES)),
+    "a group for each parameter": lambda module: module.build_optimizer(
+        [{**group, "params": [p]} for group in groups_by_hand(module, VIT_RULES) for p in group["params"]]
+    ),
+}
+
+
 def steps(sizes: Sizes, vit: dict[str, Any]) -> Iterator[Row]:
     """An optimizer step over our groups, over the same by hand, and over a group for each parameter."""
     for kind in ("fused", "foreach"):
-        module = LitViT(**vit)
-        module.options = {kind: True}
-        modules = {"ours": module, "the same groups by hand": copy.deepcopy(module)}
-        modules["a group for each parameter"] = copy.deepcopy(module)
-        lists: dict[str, Any] = {}
-        for name, of_name in modules.items():
-            for parameter in of_name.parameters():
+        calls = {}
+        for name, build in STEPS.items():
+            module = LitViT(**vit)
+            module.options = {kind: True}
+            for parameter in module.parameters():
                 parameter.grad = torch.full_like(parameter, 1e-3)
-            lists[name] = groups_by_hand(of_name, VIT_RULES)
-        each = [{"params": [p], "weight_decay": g["weight_decay"]} for g in lists.popitem()[1] for p in g["params"]]
-        optimizers = {
-            "ours": module.configure_optimizers(),
-            "the same groups by hand": torch.optim.AdamW(lists["the same groups by hand"], **module.options),
-            "a group for each parameter": torch.optim.AdamW(each, **module.options),
-        }
-        seconds = seconds_in_turn({name: o.step for name, o in optimizers.items()}, 3 * sizes.rounds)
+            calls[name] = build(module).step
+        seconds = seconds_in_turn(calls, 3 * sizes.rounds)
         yield from against(f"AdamW step, {kind}", "ViT-S", seconds, "ours", {"the same groups by hand": "1.00"})
