@@ -103,7 +103,7 @@ class GroupL2Norm(Metric):
             tensors: group name to tensors of any shape.
 
         Raises:
-            TypeError: for anything but a mapping to lists of tensors.
+            TypeError: for anything but a mapping to lists of dense tensors.
             ValueError: for an unknown group.
         """
         if not isinstance(tensors, Mapping):
@@ -122,7 +122,11 @@ class GroupL2Norm(Metric):
                 )
             by_shards: dict[int, list[Tensor]] = {}
             for tensor in members:
+                if not isinstance(tensor, Tensor):
+                    raise TypeError(f"group {name!r} must get tensors, got {type(tensor).__name__} {tensor!r}")
                 part, shards = local_part(tensor)
+                if part.layout != torch.strided:
+                    raise TypeError(f"group {name!r} must get dense tensors, got {part.layout}; call to_dense() on it")
                 by_shards.setdefault(shards, []).append(part)
             for shards, of_group in by_shards.items():
                 parts.append(of_group)

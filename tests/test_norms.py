@@ -246,6 +246,12 @@ class TestMetric:
             GroupL2Norm(["a"]).update({"a": torch.ones(2)})
         with pytest.raises(TypeError, match="group 'a' must get a list of tensors, got NoneType"):
             GroupL2Norm(["a"]).update({"a": None})
+        with pytest.raises(TypeError, match=r"group 'a' must get tensors, got float 1\.5"):
+            GroupL2Norm(["a"]).update({"a": [1.5]})
+        with pytest.raises(TypeError, match="group 'a' must get tensors, got NoneType None"):
+            GroupL2Norm(["a"]).update({"a": [None]})
+        with pytest.raises(TypeError, match=r"group 'a' must get dense tensors, got torch\.sparse_coo; call to_dense"):
+            GroupL2Norm(["a"]).update({"a": [torch.eye(3).to_sparse()]})
         with pytest.raises(TypeError, match="update takes a mapping of group names to tensors, got list"):
             GroupL2Norm(["a"]).update([torch.ones(1)])
 
