@@ -12,8 +12,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_regdecay.groups import DecayGroup, DecayGroups, build_decay_groups
-from lightning_regdecay.optimizers import (
+from lightning_regdecay.groups.groups import DecayGroup, DecayGroups, build_decay_groups
+from lightning_regdecay.groups.parameters import remember_flattened
+from lightning_regdecay.optim.optimizers import (
     NO_WEIGHT_DECAY,
     check_options,
     keep_in_force,
@@ -21,11 +22,10 @@ from lightning_regdecay.optimizers import (
     multiple,
     optimizers_in,
 )
-from lightning_regdecay.parameters import remember_flattened
-from lightning_regdecay.resuming import WeightDecayFrom
+from lightning_regdecay.optim.resuming import WeightDecayFrom
 from lightning_regdecay.retrofit import configure_by_groups, rule_texts
-from lightning_regdecay.rules import DecayRules, copied_rules, plain_rules, rules_by_group
-from lightning_regdecay.scalars import nonnegative_number
+from lightning_regdecay.rules.rules import DecayRules, copied_rules, plain_rules, rules_by_group
+from lightning_regdecay.rules.scalars import nonnegative_number
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base

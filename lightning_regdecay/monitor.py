@@ -12,13 +12,13 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_regdecay.following import refresh_schedules
-from lightning_regdecay.groups import TABLE_HEADER, format_table, table_row, total_row
+from lightning_regdecay.figures.norms import GroupL2Norm
+from lightning_regdecay.groups.groups import TABLE_HEADER, format_table, table_row, total_row
+from lightning_regdecay.groups.parameters import model_parameters, remember_flattened
 from lightning_regdecay.mixin import WeightDecayMixin
-from lightning_regdecay.names import safe_name, unique_name
-from lightning_regdecay.norms import GroupL2Norm
-from lightning_regdecay.parameters import model_parameters, remember_flattened
-from lightning_regdecay.schedules import schedule_of
+from lightning_regdecay.optim.following import refresh_schedules
+from lightning_regdecay.rules.names import safe_name, unique_name
+from lightning_regdecay.rules.schedules import schedule_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,11 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_regdecay.groups import DecayGroups, build_decay_groups
-from lightning_regdecay.lr_schedulers import expand_attributes, expanded
-from lightning_regdecay.optimizers import keep_in_force, lr_schedulers_in, optimizers_in, split_param_group
-from lightning_regdecay.resuming import WeightDecayFrom
-from lightning_regdecay.rules import DecayRules, parse_rules
+from lightning_regdecay.groups.groups import DecayGroups, build_decay_groups
+from lightning_regdecay.optim.lr_schedulers import expand_attributes, expanded
+from lightning_regdecay.optim.optimizers import keep_in_force, lr_schedulers_in, optimizers_in, split_param_group
+from lightning_regdecay.optim.resuming import WeightDecayFrom
+from lightning_regdecay.rules.rules import DecayRules, parse_rules
 
 
 class WeightDecayRules(Callback):

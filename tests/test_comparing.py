@@ -7,7 +7,7 @@ import torch
 from helpers import Net
 from torch import nn
 
-from lightning_regdecay.comparing import compare
+from lightning_regdecay.groups.comparing import compare
 
 
 def names(comparison):

@@ -11,7 +11,8 @@ from helpers import float64_norm, peak_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_regdecay import GroupL2Norm, norms
+from lightning_regdecay import GroupL2Norm
+from lightning_regdecay.figures import norms
 
 
 def norm(*tensors):

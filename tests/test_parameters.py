@@ -9,7 +9,7 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lightning_regdecay.parameters import model_parameters
+from lightning_regdecay.groups.parameters import model_parameters
 
 
 def names(module):

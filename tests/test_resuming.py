@@ -22,8 +22,8 @@ from torch.distributed import checkpoint as dist_checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lightning_regdecay import DecayRule, WeightDecayMonitor, build_decay_groups
-from lightning_regdecay.following import schedule_weight_decay
-from lightning_regdecay.resuming import resume_by_name
+from lightning_regdecay.optim.following import schedule_weight_decay
+from lightning_regdecay.optim.resuming import resume_by_name
 
 schedulers = torch.optim.lr_scheduler
 

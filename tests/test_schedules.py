@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor, build_decay_groups
-from lightning_regdecay.following import refresh_schedules, schedule_weight_decay
-from lightning_regdecay.rules import parse_rules, plain_rules, rules_by_group
-from lightning_regdecay.schedules import DecaySchedule
+from lightning_regdecay.optim.following import refresh_schedules, schedule_weight_decay
+from lightning_regdecay.rules.rules import parse_rules, plain_rules, rules_by_group
+from lightning_regdecay.rules.schedules import DecaySchedule
 
 DINO = {"schedule": "cosine", "start": 0.04, "end": 0.4}
 
@@ -199,7 +199,9 @@ class TestMistakes:
         model = LitHparams(decay_rules={"*": DINO})
         optimizer = model.configure_optimizers()
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match=re.escape("its times in steps, or call lightning_regdecay.following.")):
+        with pytest.raises(
+            ValueError, match=re.escape("its times in steps, or call lightning_regdecay.optim.following.")
+        ):
             optimizer.step()
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         schedule_weight_decay(optimizer, total_steps=100)
@@ -222,7 +224,7 @@ class TestMistakes:
         model = Forgetful(decay_rules={"*": DINO})
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(
-            RuntimeError, match=r"which nobody follows; call lightning_regdecay\.following\.schedule_weight"
+            RuntimeError, match=r"which nobody follows; call lightning_regdecay\.optim\.following\.schedule_weight"
         ):
             trainer().fit(model)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from strategies.sharded_run import LitSharded, whole
 
 from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor
-from lightning_regdecay.schedules import DecaySchedule
+from lightning_regdecay.rules.schedules import DecaySchedule
 
 SCHEDULE = DecaySchedule("linear", 0.0, 0.3, epochs=3)
 SLOW = {"lr": 0.001}

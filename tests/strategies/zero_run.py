@@ -22,8 +22,8 @@ from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 from lightning_regdecay import WeightDecayMonitor, build_decay_groups
-from lightning_regdecay.following import schedule_weight_decay
-from lightning_regdecay.schedules import DecaySchedule
+from lightning_regdecay.optim.following import schedule_weight_decay
+from lightning_regdecay.rules.schedules import DecaySchedule
 
 SCHEDULE = DecaySchedule("linear", 0.0, 0.1, steps=10)
 

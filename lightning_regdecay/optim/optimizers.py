@@ -11,12 +11,12 @@ import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_regdecay.following import follow_schedules, scheduled_param_group
-from lightning_regdecay.groups import DecayGroups
-from lightning_regdecay.names import hint, safe_name, unique_name
-from lightning_regdecay.resuming import WeightDecayFrom, carry_over_by_name
-from lightning_regdecay.rules import DecayRule
-from lightning_regdecay.schedules import STRENGTH_KEYS, DecaySchedule, schedule_of
+from lightning_regdecay.groups.groups import DecayGroups
+from lightning_regdecay.optim.following import follow_schedules, scheduled_param_group
+from lightning_regdecay.optim.resuming import WeightDecayFrom, carry_over_by_name
+from lightning_regdecay.rules.names import hint, safe_name, unique_name
+from lightning_regdecay.rules.rules import DecayRule
+from lightning_regdecay.rules.schedules import STRENGTH_KEYS, DecaySchedule, schedule_of
 
 _ADDED_KEY = "decay_added"
 """Where a param group that was added later notes which of its neighbours were added with it."""

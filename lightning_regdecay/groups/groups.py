@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_regdecay.following import scheduled_param_group
-from lightning_regdecay.matching import Matcher, first_takers, listed, nearest_names, problem_of
-from lightning_regdecay.names import unique_name
-from lightning_regdecay.parameters import ModelParameter, model_parameters, original_shape
-from lightning_regdecay.rules import DecayRule, DecayRules, classes_of, parse_rules, patterns_of
-from lightning_regdecay.schedules import DecaySchedule
+from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names, problem_of
+from lightning_regdecay.groups.parameters import ModelParameter, model_parameters, original_shape
+from lightning_regdecay.optim.following import scheduled_param_group
+from lightning_regdecay.rules.names import unique_name
+from lightning_regdecay.rules.rules import DecayRule, DecayRules, classes_of, parse_rules, patterns_of
+from lightning_regdecay.rules.schedules import DecaySchedule
 
 TABLE_HEADER = ("group", "rule", "tensors", "parameters", "weight_decay", "lr")
 _OWN = "optimizer's"

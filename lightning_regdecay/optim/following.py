@@ -12,8 +12,8 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_regdecay.scalars import positive_number
-from lightning_regdecay.schedules import FIELDS, PEAK_KEY, SCHEDULE_KEY, STEP_KEY, DecaySchedule, schedule_of
+from lightning_regdecay.rules.scalars import positive_number
+from lightning_regdecay.rules.schedules import FIELDS, PEAK_KEY, SCHEDULE_KEY, STEP_KEY, DecaySchedule, schedule_of
 
 
 def schedule_weight_decay(
@@ -124,7 +124,7 @@ def refresh_schedules(optimizer: Optimizer) -> None:
 def _unfollowed(optimizer: Optimizer) -> RuntimeError:
     return RuntimeError(
         f"{type(optimizer).__name__} has param groups with schedules of the weight decay, which nobody follows; call "
-        "lightning_regdecay.following.schedule_weight_decay(optimizer, ...) where it is built"
+        "lightning_regdecay.optim.following.schedule_weight_decay(optimizer, ...) where it is built"
     )
 
 
@@ -243,8 +243,8 @@ class _Follower:
             of = "run" if name == "total_steps" else "epoch"
             raise ValueError(
                 f"the schedule of group {group.get('name')!r} needs the length of the {of}, which is not known here; "
-                "give the schedule its times in steps, or call lightning_regdecay.following.schedule_weight_decay("
-                "optimizer, total_steps=..., steps_per_epoch=...)"
+                "give the schedule its times in steps, or call lightning_regdecay.optim.following."
+                "schedule_weight_decay(optimizer, total_steps=..., steps_per_epoch=...)"
             )
         return self.lengths[name]
 

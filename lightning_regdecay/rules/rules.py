@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, TypeAlias, cast
 
-from lightning_regdecay.names import REGEX_PREFIX, hint, name_of_pattern, safe_name, unique_name
-from lightning_regdecay.presets import is_preset, preset_rules
-from lightning_regdecay.scalars import nonnegative_number, number_of
-from lightning_regdecay.schedules import STRENGTH_KEYS, DecaySchedule
+from lightning_regdecay.rules.names import REGEX_PREFIX, hint, name_of_pattern, safe_name, unique_name
+from lightning_regdecay.rules.presets import is_preset, preset_rules
+from lightning_regdecay.rules.scalars import nonnegative_number, number_of
+from lightning_regdecay.rules.schedules import STRENGTH_KEYS, DecaySchedule
 
 DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any]
 """Rules in any form that users write: see :func:`parse_rules`."""
@@ -33,8 +33,8 @@ class DecayRule:
 
     Args:
         weight_decay: λ, the coefficient as torch optimizers define it (the gradient of the L2 term is λ·w). A number or
-            its text, as YAML reads ``1e-3``; a :class:`~lightning_regdecay.schedules.DecaySchedule` or its fields where
-            λ changes while training.
+            its text, as YAML reads ``1e-3``; a :class:`~lightning_regdecay.rules.schedules.DecaySchedule` or its fields
+            where λ changes while training.
         decay_mult: instead of ``weight_decay``, a factor on the optimizer's own default. Exactly one of the two.
         params: glob(s) over the full parameter name. ``*`` crosses dots, case counts, the whole name must match; after
             ``re:`` comes a regular expression instead, which is searched.
@@ -45,7 +45,7 @@ class DecayRule:
         where: any other test, ``where(name, parameter, module) -> bool``; in code only, as text cannot hold it. Some
             tests go by name: ``"depthwise"`` for what a convolution with as many groups as input channels owns,
             ``"no_weight_decay"`` and ``"no_weight_decay_keywords"`` for what the model itself lists, by its methods of
-            these names (see :func:`~lightning_regdecay.presets.timm_rules`).
+            these names (see :func:`~lightning_regdecay.rules.presets.timm_rules`).
         group: the name of the group. Rules that share it and agree on strength and options form one group.
         options: other options of the optimizer for this group, such as ``{"lr": 1e-4}``.
         optional: True for a rule, or some of its patterns and classes, that may find nothing in a model.

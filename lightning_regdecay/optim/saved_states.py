@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lightning_regdecay.parameters import ModelParameter, plain_name
-from lightning_regdecay.unnamed import names_by_order
+from lightning_regdecay.groups.parameters import ModelParameter, plain_name
+from lightning_regdecay.optim.unnamed import names_by_order
 
 
 class SavedState(NamedTuple):

@@ -16,11 +16,11 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_regdecay.following import watch_for_unfollowed_schedules
-from lightning_regdecay.lr_schedulers import CarriedGroups, carry_lr_scheduler
-from lightning_regdecay.matching import listed
-from lightning_regdecay.parameters import ModelParameter, model_parameters
-from lightning_regdecay.saved_states import (
+from lightning_regdecay.groups.matching import listed
+from lightning_regdecay.groups.parameters import ModelParameter, model_parameters
+from lightning_regdecay.optim.following import watch_for_unfollowed_schedules
+from lightning_regdecay.optim.lr_schedulers import CarriedGroups, carry_lr_scheduler
+from lightning_regdecay.optim.saved_states import (
     SavedState,
     first_names,
     groups_in_file,
@@ -28,8 +28,8 @@ from lightning_regdecay.saved_states import (
     read_state,
     saved_names,
 )
-from lightning_regdecay.schedules import PEAK_KEY, STEP_KEY, STRENGTH_KEYS, strength_of, strength_text
-from lightning_regdecay.unnamed import IDENTITY_KEYS, fits, same, shaped
+from lightning_regdecay.optim.unnamed import IDENTITY_KEYS, fits, same, shaped
+from lightning_regdecay.rules.schedules import PEAK_KEY, STEP_KEY, STRENGTH_KEYS, strength_of, strength_text
 
 WeightDecayFrom = Literal["rules", "checkpoint"]
 

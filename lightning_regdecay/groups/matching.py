@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
-from lightning_regdecay.names import REGEX_PREFIX, hint, literal_text
-from lightning_regdecay.parameters import ModelParameter, plain_name
-from lightning_regdecay.rules import DecayRule, class_path, class_text, classes_of, compile_pattern, patterns_of
+from lightning_regdecay.groups.parameters import ModelParameter, plain_name
+from lightning_regdecay.rules.names import REGEX_PREFIX, hint, literal_text
+from lightning_regdecay.rules.rules import DecayRule, class_path, class_text, classes_of, compile_pattern, patterns_of
 
 _MOST_NAMES = 5000  # compared on the way to a hint, so that a typo in a huge model is answered at once
 

@@ -11,8 +11,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from lightning_regdecay.names import hint
-from lightning_regdecay.scalars import number_of
+from lightning_regdecay.rules.names import hint
+from lightning_regdecay.rules.scalars import number_of
 
 PlainRules: TypeAlias = list[dict[str, Any]]
 

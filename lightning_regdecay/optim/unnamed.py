@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_regdecay.parameters import ModelParameter
+from lightning_regdecay.groups.parameters import ModelParameter
 
 IDENTITY_KEYS = {"params", "param_names", "name"}
 """What a param group is, beside how it is trained."""

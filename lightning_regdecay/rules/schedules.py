@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from lightning_regdecay.names import hint
-from lightning_regdecay.scalars import nonnegative_number, positive_number, whole_number
+from lightning_regdecay.rules.names import hint
+from lightning_regdecay.rules.scalars import nonnegative_number, positive_number, whole_number
 
 Kind = Literal["constant", "linear", "cosine", "exponential", "follow_lr", "timescale"]
 
