@@ -103,7 +103,7 @@ class GroupL2Norm(Metric):
             tensors: group name to tensors of any shape.
 
         Raises:
-            TypeError: for anything but a mapping to lists of dense tensors.
+            TypeError: for anything but a mapping to lists of tensors, with strides or sparse.
             ValueError: for an unknown group.
         """
         if not isinstance(tensors, Mapping):
@@ -125,8 +125,10 @@ class GroupL2Norm(Metric):
                 if not isinstance(tensor, Tensor):
                     raise TypeError(f"group {name!r} must get tensors, got {type(tensor).__name__} {tensor!r}")
                 part, shards = local_part(tensor)
+                if not is_measurable(part):
+                    raise TypeError(f"group {name!r} must get tensors with strides, or sparse ones, got {part.layout}")
                 if part.layout != torch.strided:
-                    raise TypeError(f"group {name!r} must get dense tensors, got {part.layout}; call to_dense() on it")
+                    part = (part.coalesce() if part.layout == torch.sparse_coo else part).values()
                 by_shards.setdefault(shards, []).append(part)
             for shards, of_group in by_shards.items():
                 parts.append(of_group)
@@ -141,6 +143,14 @@ class GroupL2Norm(Metric):
         # Not in place, as the state may be an inference tensor.
         state = self.sums_of_squares
         self.sums_of_squares = state + torch.tensor(added, dtype=state.dtype, device=state.device)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Follow a module to another device, but keep float64 where the module is cast."""
+        sums: Tensor = self.sums_of_squares
+        applied = super()._apply(fn, *args, **kwargs)
+        self.sums_of_squares = sums.to(self.sums_of_squares.device)
+        self._defaults["sums_of_squares"] = torch.zeros_like(self.sums_of_squares)
+        return applied
 
     def compute(self) -> dict[str, Tensor]:
         """The norm of every group.
@@ -174,6 +184,12 @@ class GroupL2Norm(Metric):
             ModuleNotFoundError: without matplotlib.
         """
         return self._plot(val, ax)
+
+
+def is_measurable(tensor: Tensor) -> bool:
+    """Whether a norm can be taken of a tensor."""
+    sparse = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+    return tensor.layout == torch.strided or tensor.layout in sparse
 
 
 @torch.no_grad()
