@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from lightning_regdecay import WeightDecayMixin
+from lightning_regdecay import WeightDecayMixin, groups_in_force
 
 GROUPS = ("low", "mid", "high", "head")
 LAMBDAS = (1e-2, 1e2)  # the range of the search
@@ -182,7 +182,7 @@ def table_row(name: str, rules: Rules, epochs: int) -> str:
         [result] = trainer.test(model, photo()[2], verbose=False)
         test_scores.append(result["test_psnr"])
     [optimizer] = trainer.optimizers
-    held = {key: group["weight_decay"] for group in optimizer.param_groups for key in group["param_names"]}
+    held = {key: group["weight_decay"] for group in groups_in_force(optimizer) for key in group["param_names"]}
     lambdas = "".join(f"{held[f'{group}.weight']:>9.3g}" for group in GROUPS)
     scores = "".join(f"{statistics.mean(s):>12.2f} ± {statistics.stdev(s):.2f}" for s in (val_scores, test_scores))
     return f"{name:<16}{lambdas}{scores}"

@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:  # LightningArgumentParser says so, with th
         raise
     ActionTypeHint = object  # type: ignore[assignment,misc]
 
-from lightning_regdecay.mixin import WeightDecayMixin
+from lightning_regdecay.mixin import WeightDecayMixin, configure_own
 from lightning_regdecay.rules.rules import SELECTORS, DecayRule, is_schedule, parse_rules, plain_rules
 
 _GROUPS = "groups"
@@ -185,11 +185,10 @@ class WeightDecayCLI(LightningCLI):
         if optimizer is None and lr_scheduler is None:
             return
         self._warn_of_what_is_replaced(optimizer, lr_scheduler)
-        if optimizer is not None:
-            model.build_optimizer = functools.partial(instantiate_class, init=optimizer)
-        if lr_scheduler is not None:
-            model.build_lr_scheduler = functools.partial(instantiate_class, init=lr_scheduler)
-        model.configure_optimizers = functools.partial(_configure_optimizers, model, self.configure_optimizers)
+        # A partial, which Lightning sees through when it asks whether a method is overridden.
+        model.configure_optimizers = functools.partial(
+            _configure_optimizers, model, self.configure_optimizers, optimizer, lr_scheduler
+        )
 
     def _chosen(self, register: dict[str, Any], keys: list[str]) -> Any:
         """The class and the arguments that the configuration has for an optimizer or a scheduler, or None."""
@@ -220,14 +219,20 @@ class WeightDecayCLI(LightningCLI):
             rank_zero_warn(f"{cls.__name__}.{name} is not used: the configuration has chosen {' and '.join(given)}")
 
 
-def _configure_optimizers(model: WeightDecayMixin, customize: Any) -> Any:
+def _configure_optimizers(model: WeightDecayMixin, customize: Any, optimizer: Any, lr_scheduler: Any) -> Any:
     """The optimizer over the decay groups, with the scheduler, as ``customize`` puts them together.
 
     Args:
-        model: the model, whose ``build_optimizer`` and ``build_lr_scheduler`` build what was chosen.
+        model: the model.
         customize: ``LightningCLI.configure_optimizers``, which users override.
+        optimizer: the class and the arguments that were chosen, or None for the model's own.
+        lr_scheduler: likewise.
     """
-    config = WeightDecayMixin.configure_optimizers(model)
+    config = configure_own(
+        model,
+        model.build_optimizer if optimizer is None else functools.partial(instantiate_class, init=optimizer),
+        model.build_lr_scheduler if lr_scheduler is None else functools.partial(instantiate_class, init=lr_scheduler),
+    )
     if not isinstance(config, dict):
         return customize(model, optimizer=config, lr_scheduler=None)
     if isinstance(config["lr_scheduler"], dict):  # by the model itself, and complete

@@ -1,31 +1,36 @@
-"""``WeightDecayMixin``: groups → optimizers."""
+"""``WeightDecayMixin``: decay rules of a ``LightningModule``, and the optimizer over their groups."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import types
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType, MappingProxyType
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_regdecay.groups.groups import DecayGroup, DecayGroups, build_decay_groups
+from lightning_regdecay.groups.groups import NAMES_KEY, DecayGroups, build_decay_groups
 from lightning_regdecay.groups.parameters import remember_flattened
-from lightning_regdecay.optim.optimizers import (
-    NO_WEIGHT_DECAY,
-    check_options,
-    keep_in_force,
-    lr_schedulers_in,
-    multiple,
-    optimizers_in,
+from lightning_regdecay.optim.checks import NO_WEIGHT_DECAY, check_decays, check_options
+from lightning_regdecay.optim.configs import lr_schedulers_in, optimizers_in
+from lightning_regdecay.optim.in_force import own_strengths, put_in_force, room_of, rooms_in_force
+from lightning_regdecay.optim.resuming import carry_over_by_name
+from lightning_regdecay.optim.unnamed import same
+from lightning_regdecay.retrofit import RulesForAFit
+from lightning_regdecay.rules.rules import (
+    DecayRule,
+    DecayRules,
+    copied_rules,
+    parse_rules,
+    plain_rules,
+    rules_by_group,
 )
-from lightning_regdecay.optim.resuming import WeightDecayFrom
-from lightning_regdecay.retrofit import configure_by_groups, rule_texts
-from lightning_regdecay.rules.rules import DecayRules, copied_rules, plain_rules, rules_by_group
 from lightning_regdecay.rules.scalars import nonnegative_number
+from lightning_regdecay.rules.schedules import STRENGTH_KEYS
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -41,7 +46,9 @@ class WeightDecayMixin(_Base):
     The rules are the instance attribute ``decay_rules`` where it is set, else ``hparams.decay_rules``, else the class
     attribute; None counts as not given. See :class:`DecayRule` for what they may be.
 
-    The optimizer is what :meth:`build_optimizer` returns, the scheduler what :meth:`build_lr_scheduler` returns.
+    The optimizer is what :meth:`build_optimizer` returns, the scheduler what :meth:`build_lr_scheduler` returns. Where
+    the class, or a base class, has a ``configure_optimizers`` of its own, the optimizers are those that it returns,
+    their param groups stay as they are, and the rules are in force inside their steps.
 
     >>> import lightning as L
     >>> class LitLinear(WeightDecayMixin, L.LightningModule):
@@ -58,12 +65,8 @@ class WeightDecayMixin(_Base):
     """The rules, unless the instance or its hyperparameters hold others."""
     decay_strict: bool = True
     """Whether a rule that takes nothing is an error; False makes it a warning."""
-    decay_resume: WeightDecayFrom = "rules"
-    """Whose λ goes on when a run is resumed: that of the rules, or that of the "checkpoint"."""
-    _given_rules: tuple[DecayRules | None, DecayRules | None] = (None, None)
+    _decay_rules_given: tuple[DecayRules | None, DecayRules | None] = (None, None)
     """The rules of the hyperparameters, as they are stored and as they were given."""
-    _rule_texts: Mapping[tuple[str, ...], str] = MappingProxyType({})
-    """Names of the parameters of a group to the text of its rule, for the groups that the optimizer was built over."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -76,25 +79,26 @@ class WeightDecayMixin(_Base):
                 f"WeightDecayMixin must come before LightningModule in the bases of {cls.__name__}: "
                 f"class {cls.__name__}(WeightDecayMixin, ...)"
             )
+        configure = vars(cls).get("configure_optimizers")
+        if isinstance(configure, types.FunctionType):
+            cls.configure_optimizers = _with_rules_in_force(configure)  # type: ignore[method-assign]
         trainer = getattr(cls, "trainer", None)
-        if isinstance(trainer, property) and not any(
-            issubclass(base, WeightDecayMixin) and hasattr(base, "trainer") for base in cls.__mro__[1:]
-        ):
-            cls.trainer = trainer.setter(_checking_replaced_configuration(trainer))  # type: ignore[assignment,method-assign]
+        if isinstance(trainer, property) and not hasattr(trainer.fset, "brings_rules"):
+            cls.trainer = trainer.setter(_bringing_the_rules(trainer))  # type: ignore[assignment,method-assign]
 
     @property
     def decay_groups(self) -> DecayGroups:
         """The groups as the rules and the parameters stand now; prints as a table, ``.explain(name)`` tells why."""
         try:
-            return self._build_decay_groups()
+            return _groups_of(self)
         except AttributeError as error:  # which torch would take for a missing attribute `decay_groups`
             raise RuntimeError(f"decay_groups failed: {error}") from error
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the decay groups, with the learning rate scheduler where there is one.
 
-        Where a base class configures optimizers itself, these are its optimizers and schedulers, with its param groups
-        cut up by the rules; unless the module has a ``build_optimizer`` of its own.
+        Where a base class configures optimizers itself, these are its optimizers and schedulers, with the rules in
+        force in their steps; unless the class has a ``build_optimizer`` of its own.
 
         Returns:
             The optimizer, or with a scheduler the dictionary ``{"optimizer": …, "lr_scheduler": …}``; of a base class,
@@ -104,63 +108,45 @@ class WeightDecayMixin(_Base):
             ValueError: for rules that do not fit the model, an optimizer without weight decay, or an option that the
                 optimizer does not have. See :func:`build_decay_groups`.
         """
-        groups = self._build_decay_groups()
-        theirs = self._configuration_of_a_base()
-        if theirs is not None:
-            config = configure_by_groups(self, groups, theirs, self.decay_resume)
-        else:
-            optimizer = self._build_checked_optimizer(groups)
-            scheduler = self.build_lr_scheduler(optimizer)
-            config = optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
-            keep_in_force(optimizer, list(lr_schedulers_in(config)), self, groups, self.decay_resume)
-        self._rule_texts = rule_texts(groups, config)
+        theirs = _configuration_of_a_base(self)
+        if theirs is None:
+            return configure_own(self, self.build_optimizer, self.build_lr_scheduler)
+        groups = _groups_of(self)
+        config = theirs()
+        _put_in_force(config, self, groups)
         return config
 
-    def build_optimizer(self, param_groups: list[dict[str, Any]]) -> Optimizer:
-        """Build the optimizer over the param groups; override it for another than the default.
+    def build_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the optimizer over the param groups; override it, ``build_optimizer(self, param_groups)``, for another.
 
         Args:
-            param_groups: one per decay group, with ``params``, ``param_names``, ``name``, ``weight_decay`` and options.
-                Groups of no rule, and of rules with ``decay_mult``, have no ``weight_decay``: the optimizer puts in its
-                own, which ``decay_mult`` then multiplies.
+            args: ``param_groups``, a list of one for each decay group, with ``params``, ``name``, ``weight_decay`` and
+                options. Groups of no rule, and of rules with ``decay_mult``, have no ``weight_decay``: the optimizer
+                puts in its own, which ``decay_mult`` then multiplies.
+            kwargs: nothing.
 
         Returns:
             What the callable ``self.optimizer`` makes of them, where one is set (LightningCLI's ``OptimizerCallable``),
-            else AdamW, with the learning rate ``lr`` (or ``learning_rate``) of the hyperparameters or the module.
+            else AdamW, with the learning rate ``lr`` (or ``learning_rate``) of the hyperparameters or the module. Where
+            a base class has a method of this name, with whatever arguments, it is that method.
         """
-        build = getattr(self, "optimizer", None)
-        if build is None:
-            lr = self._lr()
-            return torch.optim.AdamW(param_groups) if lr is None else torch.optim.AdamW(param_groups, lr=lr)
-        if not callable(build):
-            raise TypeError(
-                f"self.optimizer must be a callable that takes param groups, such as an OptimizerCallable, got "
-                f"{build!r}; override build_optimizer(param_groups) to build the optimizer in another way"
-            )
-        return build(param_groups)  # type: ignore[no-any-return]
+        theirs = _of_a_base(self, "build_optimizer")
+        return _default_optimizer(self, *args, **kwargs) if theirs is None else theirs(*args, **kwargs)
 
-    def build_lr_scheduler(self, optimizer: Optimizer) -> Any:
-        """Build the learning rate scheduler; override it to have one.
+    def build_lr_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the lr scheduler; override it, ``build_lr_scheduler(self, optimizer)``, to have one.
 
         Args:
-            optimizer: the optimizer over the decay groups.
+            args: ``optimizer``, that over the decay groups.
+            kwargs: nothing.
 
         Returns:
             What the callable ``self.lr_scheduler`` makes of it, where one is set (LightningCLI's
-            ``LRSchedulerCallable``), else None; anything that Lightning takes as ``lr_scheduler`` will do.
+            ``LRSchedulerCallable``), else None; anything that Lightning takes as ``lr_scheduler`` will do. Where a base
+            class has a method of this name, with whatever arguments, it is that method.
         """
-        build = getattr(self, "lr_scheduler", None)
-        if build is None:
-            return None
-        if not callable(build):
-            raise TypeError(
-                f"self.lr_scheduler must be a callable that takes the optimizer, such as an LRSchedulerCallable, got "
-                f"{build!r}; override build_lr_scheduler(optimizer) to build it in another way"
-            )
-        scheduler = build(optimizer)
-        # LightningCLI's ReduceLROnPlateau carries the name of the metric that it follows.
-        monitor = getattr(scheduler, "monitor", None)
-        return scheduler if monitor is None else {"scheduler": scheduler, "monitor": monitor}
+        theirs = _of_a_base(self, "build_lr_scheduler")
+        return _default_lr_scheduler(self, *args, **kwargs) if theirs is None else theirs(*args, **kwargs)
 
     def save_hyperparameters(
         self,
@@ -178,133 +164,301 @@ class WeightDecayMixin(_Base):
         frame = frame or (current.f_back if current else None)
         super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
         given = self.hparams.get("decay_rules")
-        # An OmegaConf object stays as it is: it belongs to the user, and holds plain data anyway.
-        if given is not None and isinstance(self.hparams, dict):
-            given = copied_rules(given)
-            self.hparams["decay_rules"] = plain_rules(given)
+        # An OmegaConf object as a whole stays: it belongs to the user, and holds plain data.
+        if given is None or not isinstance(self.hparams, dict):
+            return
+        self.hparams["decay_rules"] = plain_rules(given)
+        # A base class may be given what is stored already, in which predicates are but names.
+        if plain_rules(given) != self._decay_rules_given[0]:
             # Not the same object again: whoever changes the hyperparameter is to be noticed.
-            self._given_rules = (plain_rules(given), given)
+            self._decay_rules_given = (plain_rules(given), copied_rules(given))
 
     @property
     def hparams_initial(self) -> Any:
         """As in Lightning, for the loggers; the rules as plain data."""
         hparams = super().hparams_initial
         if isinstance(hparams, dict) and hparams.get("decay_rules") is not None:
-            hparams["decay_rules"] = self._loggable_rules(plain_rules(hparams["decay_rules"]))
+            hparams["decay_rules"] = _loggable(self, plain_rules(hparams["decay_rules"]))
         return hparams
 
-    def _loggable_rules(self, rules: Any) -> Any:
-        """Rules with keys that the trainer's loggers take."""
-        # LightningModule.trainer raises where there is no Trainer, _trainer does not.
-        trainer = getattr(self, "_trainer", None)
-        loggers = [] if trainer is None else trainer.loggers
-        # MLflow (3.17) refuses parameter names with `*`.
-        has_mlflow = any(cls.__name__ == "MLFlowLogger" for logger in loggers for cls in type(logger).__mro__)
-        return rules_by_group(rules) if has_mlflow and isinstance(rules, Mapping) else rules
 
-    def _build_decay_groups(self) -> DecayGroups:
-        trainer = getattr(self, "_trainer", None)
-        if trainer is not None and trainer.strategy.model is not None:
-            remember_flattened(trainer.strategy.model)  # FSDPStrategy puts its outermost wrapper around the module
-        return build_decay_groups(self, self._active_rules(), strict=self.decay_strict)
+class _RulesOfModule(RulesForAFit):
+    """Brings the rules of a model with the mixin into a fit, whatever its class does with its optimizers."""
 
-    def _active_rules(self) -> DecayRules:
-        own: DecayRules | None = self.__dict__.get("decay_rules")
-        if own is not None:
-            return own
-        hyperparameter: DecayRules | None = self.hparams.get("decay_rules")
-        if hyperparameter is not None:
-            stored, given = self._given_rules
-            return hyperparameter if given is None or hyperparameter != stored else given
-        if self.decay_rules is None:
-            raise ValueError(
-                f"{type(self).__name__} has no decay rules; set the class attribute, decay_rules = "
-                "{'*.bias': 0.0, '*': 0.05}, or save a hyperparameter of that name (rules from elsewhere: "
-                "self.decay_rules = ...); {} leaves all to the optimizer's own weight decay"
-            )
-        return self.decay_rules
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self._module = weakref.ref(module)
 
-    def _lr(self) -> float | None:
-        for name in _LR_NAMES:
-            for value in (self.hparams.get(name), getattr(self, name, None)):
-                if value is not None:
-                    return nonnegative_number(name, value)
-        return None
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_module": _nothing}
 
-    def _build_checked_optimizer(self, groups: DecayGroups) -> Optimizer:
-        """The optimizer of ``build_optimizer``, if it decays weights by these groups."""
-        param_groups = [_without_multiple(group) for group in groups]
-        try:
-            optimizer = self.build_optimizer(param_groups)
-        except ValueError as error:
-            # torch's LBFGS (and those modelled on it) takes no groups at all, and says so in these words.
-            if "per-parameter options" in str(error):
-                raise ValueError(f"{NO_WEIGHT_DECAY.format(optimizer='the optimizer')} ({error})") from error
-            raise
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"build_optimizer must return a torch.optim.Optimizer, got {optimizer!r}")
-        kind = type(optimizer).__name__
-        if "weight_decay" not in optimizer.defaults:
-            raise ValueError(NO_WEIGHT_DECAY.format(optimizer=kind))
-        names = [group.name for group in groups]
-        if [param_group.get("name") for param_group in optimizer.param_groups] != names:
-            raise ValueError(
-                f"{kind} was not built over the decay groups {names}; build_optimizer must pass on the param_groups "
-                "that it is given"
-            )
-        for group, param_group in zip(groups, optimizer.param_groups):
-            if group.rule is not None:
-                check_options(group.name, group.rule, optimizer)
-                if group.rule.decay_mult is not None:
-                    own = optimizer.defaults["weight_decay"]
-                    param_group["weight_decay"] = multiple(group.name, group.rule, own, optimizer)
-        return optimizer
-
-    def _configuration_of_a_base(self) -> Callable[[], Any] | None:
-        """The ``configure_optimizers`` of a base class, where that is to be used."""
-        bases = type(self).__mro__[type(self).__mro__.index(WeightDecayMixin) + 1 :]
-        base = next((base for base in bases if "configure_optimizers" in vars(base)), None)
-        chosen = getattr(self.build_optimizer, "__func__", None) is not WeightDecayMixin.build_optimizer
-        if base is None or base.__name__ == "LightningModule" or chosen:
+    def model(self, trainer: Any) -> Any:
+        """The module, unless it has no rules, or is inside another that has some."""
+        module = self._module()
+        if module is None or _rules_of(module) is None:
             return None
-        return super().configure_optimizers
+        callbacks = [c for c in trainer.callbacks if isinstance(c, RulesForAFit) and not isinstance(c, _RulesOfModule)]
+        if module is not trainer.lightning_module and callbacks:
+            return None
+        for other in trainer.lightning_module.modules():
+            if other is module:
+                return module
+            if isinstance(other, WeightDecayMixin) and _rules_of(other) is not None and module in other.modules():
+                return None
+        return module
+
+    def rules(self, model: Any) -> tuple[DecayRule, ...]:
+        """The rules as they are now."""
+        return parse_rules(_given_rules_of(model))
+
+    def decay_groups(self, model: Any) -> DecayGroups:
+        """The groups of the rules."""
+        return _groups_of(model)
+
+    def _end(self, trainer: Any) -> None:
+        super()._end(trainer)
+        trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self]
 
 
-def _checking_replaced_configuration(trainer: property) -> Callable[[Any, Any], None]:
+def _nothing() -> None:
+    return None
+
+
+def configure_own(module: Any, build_optimizer: Callable[..., Any], build_lr_scheduler: Callable[..., Any]) -> Any:
+    """The optimizer over the decay groups of a model, with the lr scheduler where there is one.
+
+    Args:
+        module: the ``LightningModule``.
+        build_optimizer: makes the optimizer of param groups.
+        build_lr_scheduler: makes the lr scheduler of the optimizer, or None.
+
+    Returns:
+        What ``configure_optimizers`` is to return.
+    """
+    groups = _groups_of(module)
+    optimizer = _checked_optimizer(module, groups, build_optimizer)
+    scheduler = build_lr_scheduler(optimizer)
+    config = optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
+    _carry_over(optimizer, module, list(lr_schedulers_in(config)))
+    put_in_force([optimizer], module, groups)
+    return config
+
+
+def _carry_over(optimizer: Any, module: Any, lr_schedulers: list[Any]) -> None:
+    """Let an own optimizer resume by parameter name."""
+    reference, given = weakref.ref(module), [weakref.ref(one) for one in lr_schedulers]
+
+    def trainer() -> Any:
+        return getattr(reference(), "_trainer", None)
+
+    def schedulers() -> list[Any]:
+        """Those that the Trainer has too, as a subclass may have made one."""
+        configs = [] if trainer() is None else [config.scheduler for config in trainer().lr_scheduler_configs]
+        return [*(ref() for ref in given), *(one for one in configs if getattr(one, "optimizer", None) is optimizer)]
+
+    def steps_done() -> int:
+        return 0 if trainer() is None else int(trainer().global_step)
+
+    carry_over_by_name(optimizer, module, schedulers, lambda: _sharded_checkpoint(trainer()), steps_done)
+
+
+def _sharded_checkpoint(trainer: Any) -> Any:
+    """The checkpoint that the strategy is loading by itself into sharded parameters."""
+    if trainer is None or trainer.strategy.lightning_restore_optimizer:
+        return None
+    return trainer.ckpt_path if any(hasattr(p, "device_mesh") for p in trainer.model.parameters()) else None
+
+
+def _put_in_force(config: Any, module: Any, groups: DecayGroups) -> None:
+    """Put the rules of a model in force in what its ``configure_optimizers`` returns, once."""
+    optimizers = list(optimizers_in(config))
+    if rooms_in_force(optimizers, module, groups.rules) is None:
+        put_in_force(optimizers, module, groups)
+
+
+def _with_rules_in_force(configure: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``configure_optimizers`` of a class with the mixin: the rules are in force in what it returns."""
+
+    @functools.wraps(configure)
+    def configure_optimizers(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config = configure(self, *args, **kwargs)
+        if _rules_of(self) is not None and next(optimizers_in(config), None) is not None:
+            _put_in_force(config, self, _groups_of(self))
+        return config
+
+    return configure_optimizers
+
+
+def _bringing_the_rules(trainer: property) -> Callable[[Any, Any], None]:
     """A setter for the property ``trainer``, which Lightning sets before it asks for optimizers.
 
-    LightningCLI (2.5 and later) replaces ``configure_optimizers`` on the instance, where no method of a class sees it.
+    By no method of the class could the rules come into every fit: users override them, and LightningCLI (2.5 and later)
+    replaces ``configure_optimizers`` on the instance.
     """
 
     def attach(module: Any, value: Any) -> None:
         trainer.__set__(module, value)
-        replaced = vars(module).get("configure_optimizers")
-        if replaced is not None and getattr(replaced, "func", None) is not _configure_over_decay_groups:
-            # A partial, which Lightning sees through, and which is copied with the module.
-            module.configure_optimizers = functools.partial(
-                _configure_over_decay_groups, replaced, type(module).__name__
-            )
+        if value is None or getattr(value, "lightning_module", None) is None or value.state.fn != "fit":
+            return
+        ours = [callback for callback in value.callbacks if isinstance(callback, _RulesOfModule)]
+        if not any(callback._module() is module for callback in ours):
+            value.callbacks = [_RulesOfModule(module), *value.callbacks]
 
+    attach.brings_rules = True  # type: ignore[attr-defined]
     return attach
 
 
-def _configure_over_decay_groups(configure_optimizers: Callable[[], Any], name: str) -> Any:
-    """Call what has replaced ``configure_optimizers`` on an instance, and refuse what drops the decay rules."""
-    config = configure_optimizers()
-    for optimizer in optimizers_in(config):
-        if not all({"name", "param_names"} <= group.keys() for group in optimizer.param_groups):
-            raise MisconfigurationException(
-                f"the decay rules of {name} are not in force: its configure_optimizers was replaced by one that builds "
-                f"{type(optimizer).__name__} over other param groups. LightningCLI does so where it is given "
-                "--optimizer: use WeightDecayCLI of lightning_regdecay.cli instead, or give the model an argument "
-                "`optimizer: OptimizerCallable`, set self.optimizer to it, and choose with --model.optimizer"
-            )
-    return config
+def _of_a_base(module: Any, name: str) -> Callable[..., Any] | None:
+    """A method of a class after the mixin, None where there is none but Lightning's own."""
+    bases = type(module).__mro__[type(module).__mro__.index(WeightDecayMixin) + 1 :]
+    base = next((base for base in bases if name in vars(base)), None)
+    if base is None or base.__name__ == "LightningModule":
+        return None
+    return getattr(super(WeightDecayMixin, module), name)  # type: ignore[no-any-return]
 
 
-def _without_multiple(group: DecayGroup) -> dict[str, Any]:
-    """The param group, which leaves a multiple of the optimizer's own weight decay to be filled in."""
-    param_group = group.as_param_group(weight_decay=0.0)
-    if group.rule is not None and group.rule.decay_mult is not None:
-        del param_group["weight_decay"]
-    return param_group
+def _configuration_of_a_base(module: Any) -> Callable[[], Any] | None:
+    """The ``configure_optimizers`` of a base class, where that is to be used."""
+    builder = getattr(module.build_optimizer, "__func__", None)
+    # Over a method of the base's own it is a part of the base's configuration.
+    is_chosen = builder is not WeightDecayMixin.build_optimizer and _of_a_base(module, "build_optimizer") is None
+    return None if is_chosen else _of_a_base(module, "configure_optimizers")
+
+
+def _groups_of(module: Any) -> DecayGroups:
+    trainer = getattr(module, "_trainer", None)
+    if trainer is not None and trainer.strategy.model is not None:
+        remember_flattened(trainer.strategy.model)  # FSDPStrategy puts its outermost wrapper around the module
+    return build_decay_groups(module, _given_rules_of(module), strict=module.decay_strict)
+
+
+def _given_rules_of(module: Any) -> DecayRules:
+    rules = _rules_of(module)
+    if rules is None:
+        raise ValueError(
+            f"{type(module).__name__} has no decay rules; set the class attribute, decay_rules = "
+            "{'*.bias': 0.0, '*': 0.05}, or save a hyperparameter of that name (rules from elsewhere: "
+            "self.decay_rules = ...); {} leaves all to the optimizer's own weight decay"
+        )
+    return rules
+
+
+def _rules_of(module: Any) -> DecayRules | None:
+    own: DecayRules | None = vars(module).get("decay_rules")
+    if own is not None:
+        return own
+    hyperparameter: DecayRules | None = module.hparams.get("decay_rules")
+    if hyperparameter is not None:
+        stored, given = module._decay_rules_given
+        return hyperparameter if given is None or hyperparameter != stored else given
+    of_class = type(module).decay_rules
+    return module.decay_rules if isinstance(of_class, property) else of_class  # type: ignore[no-any-return]
+
+
+def _loggable(module: Any, rules: Any) -> Any:
+    """Rules as the loggers of a model take them."""
+    # LightningModule.trainer raises where there is no Trainer, _trainer does not.
+    trainer = getattr(module, "_trainer", None)
+    if trainer is None:
+        return rules
+    # Lightning refuses a hyperparameter that the data module has as well unless the two are equal, types included.
+    datamodule = getattr(trainer, "datamodule", None)
+    of_data = getattr(datamodule, "hparams", {}).get("decay_rules")
+    if of_data is not None and plain_rules(of_data) == rules:
+        return of_data
+    # MLflow (3.17) refuses parameter names with `*`.
+    has_mlflow = any(cls.__name__ == "MLFlowLogger" for logger in trainer.loggers for cls in type(logger).__mro__)
+    return rules_by_group(rules) if has_mlflow and isinstance(rules, Mapping) else rules
+
+
+def _default_optimizer(module: Any, param_groups: list[dict[str, Any]]) -> Any:
+    build = getattr(module, "optimizer", None)
+    if build is None:
+        lr = _lr(module)
+        return torch.optim.AdamW(param_groups) if lr is None else torch.optim.AdamW(param_groups, lr=lr)
+    if not callable(build):
+        raise TypeError(
+            f"self.optimizer must be a callable that takes param groups, such as an OptimizerCallable, got "
+            f"{build!r}; override build_optimizer(param_groups) to build the optimizer in another way"
+        )
+    return build(param_groups)
+
+
+def _default_lr_scheduler(module: Any, optimizer: Any) -> Any:
+    build = getattr(module, "lr_scheduler", None)
+    if build is None:
+        return None
+    if not callable(build):
+        raise TypeError(
+            f"self.lr_scheduler must be a callable that takes the optimizer, such as an LRSchedulerCallable, got "
+            f"{build!r}; override build_lr_scheduler(optimizer) to build it in another way"
+        )
+    scheduler = build(optimizer)
+    # LightningCLI's ReduceLROnPlateau carries the name of the metric that it follows.
+    monitor = getattr(scheduler, "monitor", None)
+    return scheduler if monitor is None else {"scheduler": scheduler, "monitor": monitor}
+
+
+def _lr(module: Any) -> float | None:
+    for name in _LR_NAMES:
+        for value in (module.hparams.get(name), getattr(module, name, None)):
+            if value is not None:
+                return nonnegative_number(name, value)
+    return None
+
+
+def _checked_optimizer(module: Any, groups: DecayGroups, build_optimizer: Callable[..., Any]) -> Any:
+    """The optimizer that is built over the decay groups, if it decays weights by them."""
+    param_groups = [group.as_param_group_of_own_strength() for group in groups]
+    theirs = _of_a_base(module, "build_optimizer")
+    is_theirs = getattr(build_optimizer, "__func__", None) is WeightDecayMixin.build_optimizer and theirs is not None
+    try:
+        inspect.signature(theirs if is_theirs else build_optimizer).bind(param_groups)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(
+            f"build_optimizer of {type(module).__name__} cannot be called with the param groups alone ({error}); "
+            "define build_optimizer(self, param_groups) there"
+        ) from None
+    except ValueError:  # of what is written in C nothing is known
+        pass
+    try:
+        optimizer = build_optimizer(param_groups)
+    except ValueError as error:
+        # torch's LBFGS (and those modelled on it) takes no groups at all, and says so in these words.
+        if "per-parameter options" in str(error):
+            raise ValueError(f"{NO_WEIGHT_DECAY.format(optimizer='the optimizer')} ({error})") from error
+        raise
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"build_optimizer must return a torch.optim.Optimizer, got {optimizer!r}")
+    kind = type(optimizer).__name__
+    check_decays([optimizer])
+    if [param_group.get("name") for param_group in optimizer.param_groups] != groups.names:
+        raise ValueError(
+            f"{kind} was not built over the decay groups {groups.names}; build_optimizer must pass on the param_groups "
+            "that it is given"
+        )
+    check_options(optimizer, groups)
+    _set_strengths(optimizer, groups, param_groups)
+    return optimizer
+
+
+def _set_strengths(optimizer: Any, groups: DecayGroups, given: Sequence[Mapping[str, Any]]) -> None:
+    """Have the λ of the rules in an optimizer over decay groups.
+
+    Raises:
+        ValueError: for an optimizer that was made with another.
+    """
+    known = own_strengths(optimizer)  # of one that the model keeps from fit to fit
+    for group, own, asked in zip(groups, optimizer.param_groups, given):
+        if group.rule is not None and group.rule.decay_mult is not None:
+            if group.name not in known or known[group.name] != own.get("weight_decay"):
+                own["weight_decay"] = group.rule.decay_mult * (own.get("weight_decay") or 0.0)
+        elif room_of(optimizer) is None:
+            for key in STRENGTH_KEYS & asked.keys():
+                if not same(own.get(key), asked[key]):
+                    raise ValueError(
+                        f"group {group.name!r} has {key}={own.get(key)!r} in the {type(optimizer).__name__} that "
+                        f"build_optimizer has made, and {asked[key]!r} by its rule; pass on the param_groups as they "
+                        "are, and set λ in the rules"
+                    )
+            own.setdefault(NAMES_KEY, asked[NAMES_KEY])

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_regdecay.figures.norms import GroupL2Norm
+from lightning_regdecay.figures.norms import GroupL2Norm, is_measurable
 from lightning_regdecay.groups.groups import TABLE_HEADER, format_table, table_row, total_row
 from lightning_regdecay.groups.parameters import model_parameters, remember_flattened
-from lightning_regdecay.mixin import WeightDecayMixin
-from lightning_regdecay.optim.following import refresh_schedules
+from lightning_regdecay.optim.in_force import in_force, refresh
+from lightning_regdecay.retrofit import OF_THE_MODEL, let_go_of_model
 from lightning_regdecay.rules.names import safe_name, unique_name
-from lightning_regdecay.rules.schedules import schedule_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,9 +71,11 @@ class WeightDecayMonitor(Callback):
         self.history: list[dict[str, float]] = []
         self._steps_seen = 0
         self._warned: set[str] = set()
+        self._left_out: set[str] = set()
         self._l2_norm: GroupL2Norm | None = None  # kept, as to make one takes as long as the norms of a small model
         self._parameters: dict[str, torch.nn.Parameter] = {}  # of the model, by name
-        self._own: frozenset[torch.nn.Parameter] = frozenset()  # the same, without names
+        self._is_restored = False
+        self._trainer: weakref.ref[Trainer] | None = None  # of the run that the history is of
 
     @property
     def state_key(self) -> str:
@@ -87,22 +89,25 @@ class WeightDecayMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the history of a checkpoint."""
         self.history = [dict(record) for record in state_dict["history"]]
+        self._is_restored = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the history anew unless the run goes on from a checkpoint, and print the table of the groups."""
-        if trainer.global_step == 0:
+        goes_on = self._is_restored or (self._trainer is not None and self._trainer() is trainer)
+        if trainer.global_step == 0 or not goes_on:
             self.history = []
+        self._is_restored, self._trainer = False, weakref.ref(trainer)
         self._steps_seen = trainer.global_step
         self._warned.clear()
+        self._left_out.clear()
         remember_flattened(pl_module if trainer.strategy.model is None else trainer.strategy.model)
         self._parameters = {name: p.parameter for p in model_parameters(pl_module) for name in p.names}
-        self._own = frozenset(self._parameters.values())
         self._l2_norm = None  # a fit that failed has left its own
         for optimizer in trainer.optimizers:
-            refresh_schedules(optimizer)
+            refresh(optimizer)
         # Not in on_fit_start, where a resumed run does not hold the λ and lr of its checkpoint yet.
         if self.summary and trainer.is_global_zero:
-            _print_table(self._table_rows(trainer, pl_module))
+            _print_table(self._table_rows(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,7 +131,20 @@ class WeightDecayMonitor(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the model."""
-        self._parameters, self._own, self._l2_norm = {}, frozenset(), None
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the model."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._parameters, self._l2_norm = {}, None
+        let_go_of_model(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and other processes: what is of the fit under way stays here."""
+        own = {name: value for name, value in vars(self).items() if name not in OF_THE_MODEL}
+        return {**own, "_parameters": {}, "_l2_norm": None, "_trainer": None}
 
     def plot(self, ax: Sequence[Any] | None = None) -> tuple[Figure, Any]:
         """Plot the norm and the penalty of each group over the optimizer steps.
@@ -181,12 +199,12 @@ class WeightDecayMonitor(Callback):
         if self._l2_norm is None or self._l2_norm.groups != tuple(groups):
             self._l2_norm = GroupL2Norm(groups)
         self._l2_norm.reset()
-        self._l2_norm.update({name: self._members(group) for name, group in groups.items()})
+        self._l2_norm.update({name: self._measurable(name, live) for name, live in groups.items()})
         norms = {name: norm.item() for name, norm in self._l2_norm.compute().items()}
         metrics = {}
         penalties = []
-        for name, group in groups.items():
-            weight_decay = _weight_decay(group)
+        for name, live in groups.items():
+            weight_decay = _weight_decay(live)
             # No decay is no penalty, also where the norm is infinite.
             penalties.append(0.5 * weight_decay * norms[name] ** 2 if weight_decay else 0.0)
             for metric_name, value in zip(_METRICS, (norms[name], penalties[-1], weight_decay)):
@@ -195,15 +213,27 @@ class WeightDecayMonitor(Callback):
         metrics[f"{self.prefix}/total/penalty"] = sum(penalties)
         return metrics
 
-    def _members(self, group: dict[str, Any]) -> list[torch.nn.Parameter]:
+    def _measurable(self, name: str, live: _Live) -> list[torch.Tensor]:
+        """The members of a group, without those of which no norm can be taken."""
+        members = self._members(live)
+        found = [tensor for tensor in members if is_measurable(tensor)]
+        if len(found) < len(members) and name not in self._left_out:
+            self._left_out.add(name)
+            rank_zero_warn(
+                f"{len(members) - len(found)} parameters of group {name!r} are left out of its norm and penalty: they "
+                "are in a layout of which no norm can be taken"
+            )
+        return found
+
+    def _members(self, live: _Live) -> list[torch.Tensor]:
         """The parameters of the model that a param group updates.
 
         DeepSpeed (0.19) puts flat parts of float32 copies in the place of a group's parameters, or nothing at all; the
         names stay.
         """
-        names = group.get("param_names", [])
-        known = names and all(name in self._parameters for name in names)
-        if not known or (group["params"] and self._own.issuperset(group["params"])):
+        group = live.group
+        names = group["param_names"]
+        if not live.is_deepspeed or not names or not all(name in self._parameters for name in names):
             return group["params"]  # type: ignore[no-any-return]
         return [self._parameters[name] for name in names]
 
@@ -212,21 +242,30 @@ class WeightDecayMonitor(Callback):
             self._warned.add(name)
             rank_zero_warn(f"the L2 norm of group {name!r} is {norm}: its parameters hold NaN or infinity")
 
-    def _table_rows(self, trainer: Trainer, pl_module: LightningModule) -> list[list[str]]:
+    def _table_rows(self, trainer: Trainer) -> list[list[str]]:
         """The cells of the table at fit start, with the λ and the lr that the optimizers hold."""
-        rules = pl_module._rule_texts if isinstance(pl_module, WeightDecayMixin) else {}
         groups = dict(_live_groups(trainer))
         rows = [
             table_row(
                 name,
-                rules.get(tuple(group.get("param_names", ())), "-"),
-                self._members(group),
-                _cell_of_strength(group),
-                float(group["lr"]) if "lr" in group else "-",
+                live.text or "-",
+                self._members(live),
+                _cell_of_strength(live),
+                "-" if live.group.get("lr") is None else float(live.group["lr"]),
             )
-            for name, group in groups.items()
+            for name, live in groups.items()
         ]
-        return [*rows, total_row(parameter for group in groups.values() for parameter in self._members(group))]
+        return [*rows, total_row(parameter for live in groups.values() for parameter in self._members(live))]
+
+
+class _Live(NamedTuple):
+    """A param group as its optimizer steps over it."""
+
+    group: dict[str, Any]
+    text: str
+    """The rule that it is under."""
+    schedule: str
+    is_deepspeed: bool
 
 
 def _logger_step(trainer: Trainer) -> int:
@@ -237,19 +276,18 @@ def _logger_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def _weight_decay(group: dict[str, Any]) -> float:
+def _weight_decay(live: _Live) -> float:
     """The λ of a param group at this moment, 0 for an optimizer that knows none."""
-    return float(group.get("weight_decay") or 0.0)
+    return float(live.group.get("weight_decay") or 0.0)
 
 
-def _cell_of_strength(group: dict[str, Any]) -> str:
+def _cell_of_strength(live: _Live) -> str:
     """The λ of a param group, with the schedule that it is on."""
-    schedule = schedule_of(group)
-    return f"{_weight_decay(group):g}" + (f" ({schedule.text})" if schedule is not None else "")
+    return f"{_weight_decay(live):g}" + (f" ({live.schedule})" if live.schedule else "")
 
 
-def _live_groups(trainer: Trainer) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every param group of every optimizer, under the name that it has in the keys."""
+def _live_groups(trainer: Trainer) -> Iterator[tuple[str, _Live]]:
+    """Every param group of every optimizer as it is stepped over, under the name that it has in the keys."""
     optimizers: set[str] = set()
     for optimizer in trainer.optimizers:
         path = ""
@@ -258,10 +296,12 @@ def _live_groups(trainer: Trainer) -> Iterator[tuple[str, dict[str, Any]]]:
             optimizers.add(optimizer_name)
             path = f"{optimizer_name}/"
         taken = {"total"}
-        for number, group in enumerate(optimizer.param_groups):
-            name = unique_name(safe_name(str(group.get("name", number))), taken)
+        is_deepspeed = type(optimizer).__module__.startswith("deepspeed.")
+        for found in in_force(optimizer):
+            name = unique_name(safe_name(str(found.group["name"])), taken)
             taken.add(name)
-            yield path + name, group
+            schedule = "" if found.schedule is None else found.schedule.text
+            yield path + name, _Live(found.group, found.text, schedule, is_deepspeed)
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:

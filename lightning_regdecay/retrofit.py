@@ -1,180 +1,324 @@
-"""Any existing model: its own optimizers and schedulers, with their param groups cut up by decay rules."""
+"""Rules in force for the length of a fit: in whatever optimizers a model has then, from before the first step on."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
+import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import nn
 
 from lightning_regdecay.groups.groups import DecayGroups, build_decay_groups
-from lightning_regdecay.optim.lr_schedulers import expand_attributes, expanded
-from lightning_regdecay.optim.optimizers import keep_in_force, lr_schedulers_in, optimizers_in, split_param_group
-from lightning_regdecay.optim.resuming import WeightDecayFrom
-from lightning_regdecay.rules.rules import DecayRules, parse_rules
+from lightning_regdecay.groups.parameters import remember_flattened
+from lightning_regdecay.optim.checks import warn_of_strays
+from lightning_regdecay.optim.holders import unwrapped
+from lightning_regdecay.optim.in_force import armed_for, every_room, has_members, put_in_force, rooms_in_force
+from lightning_regdecay.optim.resuming import stop_carrying
+from lightning_regdecay.optim.step_room import StepRoom
+from lightning_regdecay.optim.witness import Witness
+from lightning_regdecay.rules.rules import DecayRule, DecayRules, parse_rules
+
+OF_THE_MODEL = ("log", "log_dict")
+"""Methods of the model that Lightning (2.5 to 2.6) puts on every callback."""
 
 
-class WeightDecayRules(Callback):
+class RulesForAFit(Callback):
+    """Puts decay rules in force when a fit starts, sees that they stay, and leaves all as it was at the end.
+
+    Comes first among the callbacks, as others train in ``on_fit_start`` (the learning rate finder) or replace param
+    groups there (finetuning).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: list[StepRoom] = []
+        self._rooms: list[StepRoom] = []
+        self._witnesses: list[Witness] = []
+        self._optimizers: list[weakref.ref[Any]] = []
+        self._steps_seen = 0
+        self._is_under_way = False
+        self._max_epochs: int | None = None
+        self._fit: object = None
+        """Stands for the fit under way."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and other processes: what is of the fit under way stays here."""
+        own = {name: value for name, value in vars(self).items() if name not in OF_THE_MODEL}
+        return {**own, "_before": [], "_rooms": [], "_witnesses": [], "_optimizers": [], "_fit": None}
+
+    def model(self, trainer: Trainer) -> Any:
+        """The module that the rules are for, None where there are none to bring."""
+        return trainer.lightning_module
+
+    def rules(self, model: Any) -> Sequence[DecayRule]:
+        """The rules as they are now."""
+        raise NotImplementedError
+
+    def decay_groups(self, model: Any) -> DecayGroups:
+        """The groups of the rules."""
+        raise NotImplementedError
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Come first, and end what a fit has left that nobody has ended."""
+        if stage != "fit":
+            return
+        # In a new list, as Lightning goes over the old one now.
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [self, *(c for c in callbacks if c is not self)]  # type: ignore[attr-defined]
+        self._fit, self._is_under_way = object(), False
+        self._before, self._rooms, self._witnesses = [], [], []
+        model = self.model(trainer)
+        for room in [] if model is None else armed_for(model):
+            if room.fit_is_over():
+                room.disarm()
+            else:
+                self._before.append(room)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the rules in force, before a checkpoint is loaded and before anybody trains."""
+        self._max_epochs = trainer.max_epochs  # before weight averaging adds an epoch without steps
+        self._put_in_force(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask lengths and peaks anew, as a run begins."""
+        self._put_in_force(trainer)
+        for room in self._rooms:
+            room.parting.begin_run(room.groups, 0 if trainer.global_step == 0 else None)
+        self._witnesses = [Witness(room) for room in self._rooms]
+        self._steps_seen, self._is_under_way = trainer.global_step, True
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go by the rules, the model and the lengths of today, and name what the rules miss."""
+        self._put_in_force(trainer, anew=True)
+        for room in self._rooms:
+            room.parting.look_again()
+            room.parting.strengths.ask_anew()
+        warn_of_strays([room for room in self._rooms if room.steps_done], every_room())
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Put the rules in force in optimizers that took the place of others."""
+        self._put_in_force(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Stop where an optimizer was put in place inside a batch, whose step is under way."""
+        if not self._rooms or any(known() is unwrapped(optimizer) for known in self._optimizers):
+            return
+        self._put_in_force(trainer)
+        rooms = rooms_in_force([optimizer], self.model(trainer), self.rules(self.model(trainer))) or []
+        if any(room.parting.changes(room.groups) for room in rooms):
+            raise MisconfigurationException(
+                f"this {type(unwrapped(optimizer)).__name__} was put in place inside a batch, too late for the decay "
+                f"rules of {type(self.model(trainer)).__name__} to be in force in its first step; do that in "
+                "on_train_epoch_start or earlier, or call apply_decay_rules where it is made"
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop where steps are made past the rules."""
+        is_step = trainer.global_step != self._steps_seen
+        self._steps_seen = trainer.global_step
+        for witness in self._witnesses:
+            if witness.is_passed_by(is_step):
+                self._refuse(trainer, witness.room)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop where parameters change, and no optimizer makes a step."""
+        if self._witnesses and not any(witness.has_stepped for witness in self._witnesses):
+            self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop where parameters have changed, and their optimizer has made no step."""
+        for witness in self._witnesses:
+            if witness.was_passed_by():
+                self._refuse(trainer, witness.room)
+
+    def _refuse(self, trainer: Trainer, room: StepRoom) -> None:
+        kinds = ", ".join(dict.fromkeys(type(root).__name__ for root in room.roots))
+        raise MisconfigurationException(
+            f"the decay rules of {type(self.model(trainer)).__name__} are not in force: parameters of {kinds} change, "
+            "but not in its step(); let training call step() of the optimizer that configure_optimizers returns, or "
+            "put the rules in force in the one that it calls, with apply_decay_rules(optimizer, model, rules)"
+        )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave all as it was."""
+        self._end(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave all as it was."""
+        if stage == "fit":
+            self._end(trainer)
+
+    def _put_in_force(self, trainer: Trainer, anew: bool = False) -> None:
+        """Put the rules in force in the optimizers of the Trainer.
+
+        Args:
+            trainer: the Trainer.
+            anew: also where the optimizers are the same as before, as the rules may be others.
+        """
+        if not anew and self._rooms and self._is_complete(trainer):
+            return
+        model = self.model(trainer)
+        if model is None:
+            return
+        remember_flattened(model if trainer.strategy.model is None else trainer.strategy.model)
+        rooms = rooms_in_force(trainer.optimizers, model, self.rules(model))
+        if rooms is None:
+            if model is not trainer.lightning_module and not has_members(trainer.optimizers, model):
+                return  # a module inside another, which does not train it
+            groups = self.decay_groups(model)
+            rooms = put_in_force(trainer.optimizers, model, groups, all_of_them=True)
+        if _is_deepspeed(trainer) and any(room.parting.has_cut() for room in rooms):
+            for room in rooms:
+                room.disarm()
+            raise MisconfigurationException(
+                "DeepSpeed steps parameters of its own, so decay rules can be in force only in an optimizer that is "
+                f"built over the decay groups: let {type(model).__name__} have WeightDecayMixin and a build_optimizer"
+            )
+        reference, max_epochs = weakref.ref(trainer), self._max_epochs
+        for room in rooms:
+            room.parting.strengths.ask = lambda: _run_length(reference(), max_epochs)
+            room.parting.strengths.steps_done = lambda: _steps_done(reference())
+            if all(room is not known for known in self._before):
+                room.fit_is_over = _end_of_fit(trainer, self)
+            if self._is_under_way and all(room is not known for known in self._rooms):
+                room.parting.begin_run(room.groups, None)
+                self._witnesses.append(Witness(room))
+        self._rooms = rooms
+        self._optimizers = [weakref.ref(unwrapped(optimizer)) for optimizer in trainer.optimizers]
+
+    def _is_complete(self, trainer: Trainer) -> bool:
+        """Whether the optimizers are those that the rules are in force in."""
+        seen, now = self._optimizers, trainer.optimizers
+        return len(seen) == len(now) and all(known() is unwrapped(optimizer) for known, optimizer in zip(seen, now))
+
+    def _end(self, trainer: Trainer) -> None:
+        model = self.model(trainer)
+        rooms = [] if model is None else armed_for(model)
+        reference, step, module = weakref.ref(trainer), trainer.global_step, weakref.ref(trainer.lightning_module)
+        for room in rooms:
+            room.parting.strengths.ask, room.parting.strengths.steps_done = dict, _no_steps
+            if any(room is other for other in self._before):
+                continue
+            room.is_last_run = lambda: _is_last_run(module(), reference(), step)
+            room.disarm()
+            for optimizer in room.members:
+                stop_carrying(optimizer)
+        self._before, self._rooms, self._witnesses, self._optimizers = [], [], [], []
+        self._fit, self._is_under_way = None, False
+        let_go_of_model(self)
+
+
+def let_go_of_model(callback: Callback) -> None:
+    """Take away the methods of the model that Lightning has put on a callback, until the next fit."""
+    for name in OF_THE_MODEL:
+        vars(callback).pop(name, None)
+
+
+class WeightDecayRules(RulesForAFit):
     """Decay rules for a model whose class is not yours to change.
 
-    Applies to whatever ``configure_optimizers`` the model has when a fit starts, that of ``LightningCLI`` included: the
-    optimizers and schedulers are the model's own, their param groups are cut up by the rules. The learning rate of each
-    parameter stays what it was.
+    In force from the start of a fit in whatever optimizers the model has then, those of ``LightningCLI`` included.
+    Their param groups stay the model's own, for schedulers, callbacks and its own code to steer and for checkpoints;
+    inside of each step, every parameter has the λ of its rule. When the fit ends, model and optimizers are as before.
 
     Args:
-        decay_rules: see :class:`~lightning_regdecay.DecayRule` for what they may be.
+        decay_rules: see :class:`~lightning_regdecay.DecayRule` for what they may be. Rules set λ alone.
         decay_strict: False makes rules that take nothing a warning.
-        decay_resume: whose λ goes on when a run is resumed: that of the ``"rules"``, or that of the ``"checkpoint"``.
 
     Raises:
         TypeError: for rules of an unknown form.
-        ValueError: for a value out of range; when the fit starts, for rules that do not fit the model.
-        MisconfigurationException: when the fit starts, for a model with rules of its own.
+        ValueError: for a value out of range; when the fit starts, for rules that do not fit the model, or cannot be in
+            force in its optimizers.
+        MisconfigurationException: when the fit starts, for a model with rules of its own, or a second such callback.
 
     >>> WeightDecayRules({"*.bias": 0.0, "*": 0.05}).decay_rules
     {'*.bias': 0.0, '*': 0.05}
     """
 
-    def __init__(self, decay_rules: Any, *, decay_strict: bool = True, decay_resume: WeightDecayFrom = "rules") -> None:
+    def __init__(self, decay_rules: DecayRules, *, decay_strict: bool = True) -> None:
         super().__init__()
         parse_rules(decay_rules)
-        self.decay_rules: DecayRules = decay_rules
+        self.decay_rules = decay_rules
         self.decay_strict = decay_strict
-        self.decay_resume = decay_resume
-        self._replaced: dict[str, Any] = {}
+
+    def rules(self, model: nn.Module) -> Sequence[DecayRule]:
+        """The rules as they are now."""
+        return parse_rules(self.decay_rules)
+
+    def decay_groups(self, model: nn.Module) -> DecayGroups:
+        """The groups of the rules."""
+        return build_decay_groups(model, self.decay_rules, strict=self.decay_strict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put the rules between the Trainer and the model's ``configure_optimizers``."""
-        if stage != "fit":
-            return
-        if hasattr(pl_module, "decay_rules"):
+        """Refuse a model that has rules already."""
+        name = type(pl_module).__name__
+        others = [c for c in trainer.callbacks if isinstance(c, RulesForAFit) and c is not self]  # type: ignore[attr-defined]
+        if stage == "fit" and any(other.model(trainer) is pl_module for other in others):
             raise MisconfigurationException(
-                f"{type(pl_module).__name__} has WeightDecayMixin, and WeightDecayRules would bring other decay rules: "
-                "take the callback away, or give its rules to the model"
+                f"WeightDecayRules would bring other decay rules to {name}, which has some: by WeightDecayMixin, or by "
+                "another WeightDecayRules; put all rules into one place"
             )
-        self._replaced = {k: v for k, v in vars(pl_module).items() if k == "configure_optimizers"}
-        theirs = pl_module.configure_optimizers
-        # A partial, which Lightning sees through when it asks whether a method is overridden.
-        pl_module.configure_optimizers = functools.partial(self._configure, pl_module, theirs)  # type: ignore[method-assign]
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the model as it was."""
-        if stage == "fit" and "configure_optimizers" in vars(pl_module):
-            del pl_module.configure_optimizers
-            vars(pl_module).update(self._replaced)
-
-    def _configure(self, pl_module: LightningModule, theirs: Callable[[], Any]) -> Any:
-        groups = build_decay_groups(pl_module, self.decay_rules, strict=self.decay_strict)
-        config = configure_by_groups(pl_module, groups, theirs, self.decay_resume)
-        pl_module._rule_texts = rule_texts(groups, config)  # type: ignore[assignment]
-        return config
+        super().setup(trainer, pl_module, stage)
 
 
-def configure_by_groups(
-    module: Any, groups: DecayGroups, configure_optimizers: Callable[[], Any], weight_decay: WeightDecayFrom
-) -> Any:
-    """Optimizers and schedulers as a model configures them, over its param groups cut up by decay groups.
+def _end_of_fit(trainer: Trainer, callback: RulesForAFit) -> Callable[[], bool]:
+    """Tells whether the fit under way is over, also where nobody has told the callback."""
+    fit, of_trainer, of_callback = callback._fit, weakref.ref(trainer), weakref.ref(callback)
+
+    def is_over() -> bool:
+        trainer, callback = of_trainer(), of_callback()
+        return trainer is None or callback is None or callback._fit is not fit or trainer.state.stopped
+
+    return is_over
+
+
+def _no_steps() -> int:
+    return 0
+
+
+def _is_deepspeed(trainer: Trainer) -> bool:
+    return any(cls.__name__ == "DeepSpeedStrategy" for cls in type(trainer.strategy).__mro__)
+
+
+def _is_last_run(module: Any, trainer: Any, step: int) -> bool:
+    """Whether nobody has trained a model since a fit ended."""
+    if module is None or trainer is None:
+        return True
+    steps: int = trainer.global_step
+    return getattr(module, "_trainer", None) is trainer and steps == step
+
+
+def _steps_done(trainer: Any) -> int:
+    """The steps that an optimizer has done, where only one does steps."""
+    if trainer is None or not trainer.lightning_module.automatic_optimization:
+        return 0
+    return int(trainer.global_step)
+
+
+def _run_length(trainer: Any, max_epochs: int | None) -> dict[str, float]:
+    """The optimizer steps of the run and of an epoch, as far as they are known.
+
+    To be called when the training has started: earlier it would make the data loaders, which Lightning (2.6) then does
+    not give the state that they had in the checkpoint.
 
     Args:
-        module: the ``LightningModule``.
-        groups: its decay groups.
-        configure_optimizers: of the model.
-        weight_decay: whose λ goes on in a resumed run.
-
-    Returns:
-        What ``configure_optimizers`` returns.
+        trainer: the Trainer, or None.
+        max_epochs: those in which steps are done.
     """
-    with _splitting(groups) as done:
-        config = configure_optimizers()
-    schedulers = list(lr_schedulers_in(config))
-    for optimizer in optimizers_in(config):
-        own = [scheduler for scheduler in schedulers if getattr(scheduler, "optimizer", None) is optimizer]
-        if optimizer not in done:  # it was built before, as that of LightningCLI
-            _regroup(optimizer, own, groups)
-        keep_in_force(optimizer, own, module, groups, weight_decay)
-    return config
-
-
-def rule_texts(groups: DecayGroups, config: Any) -> dict[tuple[str, ...], str]:
-    """Names of the parameters of each param group to the text of its rule."""
-    texts = {}
-    places = groups.by_parameter
-    by_name = {group.name: groups.rule_text(group) for group in groups}
-    for optimizer in optimizers_in(config):
-        for param_group in optimizer.param_groups:
-            for parameter in param_group["params"][:1]:
-                if parameter in places:
-                    texts[tuple(param_group.get("param_names", ()))] = by_name.get(places[parameter].group, "-")
-    return texts
-
-
-@contextlib.contextmanager
-def _splitting(groups: DecayGroups) -> Iterator[Mapping[Optimizer, list[int]]]:
-    """Cut up param groups as optimizers receive them, so that lr schedulers are built over the parts.
-
-    Yields:
-        For every optimizer that is built meanwhile, from which of its given param groups each part is.
-    """
-    done: weakref.WeakKeyDictionary[Optimizer, list[int]] = weakref.WeakKeyDictionary()
-    add_param_group = Optimizer.add_param_group
-
-    def add(optimizer: Optimizer, param_group: dict[str, Any]) -> None:
-        if not isinstance(param_group, dict) or isinstance(param_group.get("params"), set):
-            add_param_group(optimizer, param_group)  # which says what is wrong
-            return
-        parents = done.setdefault(optimizer, [])
-        number = parents[-1] + 1 if parents else 0
-        for part in split_param_group(param_group, groups, optimizer):
-            add_param_group(optimizer, part)
-            parents.append(number)
-
-    with contextlib.ExitStack() as stack:
-        stack.callback(setattr, Optimizer, "add_param_group", add_param_group)
-        Optimizer.add_param_group = add  # type: ignore[method-assign,assignment]
-        for scheduler_class in _all_subclasses(LRScheduler):
-            if "__init__" in vars(scheduler_class):
-                stack.callback(setattr, scheduler_class, "__init__", scheduler_class.__init__)
-                scheduler_class.__init__ = _with_expanded_lists(scheduler_class.__init__, done)
-        yield done
-
-
-def _all_subclasses(cls: Any) -> set[Any]:
-    return {cls}.union(*map(_all_subclasses, cls.__subclasses__()))
-
-
-def _with_expanded_lists(init: Callable[..., None], done: Mapping[Optimizer, list[int]]) -> Callable[..., None]:
-    """The constructor of an lr scheduler, for lists with an entry per param group as it was before it was cut up."""
-    signature = inspect.signature(init)
-
-    @functools.wraps(init)
-    def expanding(*args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(*args, **kwargs)
-        optimizer = bound.arguments.get("optimizer")
-        parents = done.get(optimizer, []) if isinstance(optimizer, Optimizer) else []
-        if parents and parents[-1] + 1 < len(parents):
-            bound.arguments.update(expanded(bound.arguments, parents))
-        init(*bound.args, **bound.kwargs)
-
-    return expanding
-
-
-def _regroup(optimizer: Optimizer, lr_schedulers: Sequence[Any], groups: DecayGroups) -> None:
-    """Cut up the param groups of a finished optimizer, and the lists of its lr schedulers with an entry for each."""
-    parts: list[dict[str, Any]] = []
-    parents: list[int] = []
-    given = list(optimizer.param_groups)
-    optimizer.param_groups.clear()
-    for number, param_group in enumerate(given):
-        for part in split_param_group(param_group, groups, optimizer):
-            parts.append(part)
-            parents.append(number)
-            optimizer.param_groups.append(part)
-    for scheduler in lr_schedulers:
-        expand_attributes(scheduler, parents)
+    # Only Fabric, or the user, knows how long the run will be, or how many steps are taken by hand, or in each epoch.
+    if trainer is None or trainer.train_dataloader is None or not trainer.lightning_module.automatic_optimization:
+        return {}
+    if any(cls.__name__ == "GradientAccumulationScheduler" for c in trainer.callbacks for cls in type(c).__mro__):
+        return {}
+    batches = trainer.num_training_batches
+    steps_per_epoch = batches if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    total_steps = trainer.estimated_stepping_batches
+    if max_epochs is not None and 0 < max_epochs < (trainer.max_epochs or 0):
+        total_steps = min(total_steps, steps_per_epoch * max_epochs)
+    lengths = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+    return {name: length for name, length in lengths.items() if 0 < length < math.inf}

@@ -16,7 +16,6 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from helpers import RULES, LitBase, LitHparams, LitRules, Net, digits_loader, float64_norm, members, trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
@@ -25,11 +24,11 @@ from omegaconf import OmegaConf
 from packaging.version import Version
 from torch import nn
 
-from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor
+from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor, groups_in_force
 
 
 def strengths(optimizer):
-    return {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+    return {group["name"]: group["weight_decay"] for group in groups_in_force(optimizer)}
 
 
 class TestWhereTheRulesComeFrom:
@@ -353,7 +352,8 @@ class TestTraining:
 
     def test_param_groups_carry_names(self):
         optimizer = LitRules().configure_optimizers()
-        assert optimizer.param_groups[0]["param_names"] == ["body.bias", "norm.bias", "head.bias"]
+        assert optimizer.param_groups[0]["decay_params"] == ["body.bias", "norm.bias", "head.bias"]
+        assert groups_in_force(optimizer)[0]["param_names"] == ["body.bias", "norm.bias", "head.bias"]
 
     def test_resumes_with_its_param_group_names(self, tmp_path):
         run = trainer(enable_checkpointing=True, callbacks=[ModelCheckpoint(tmp_path, save_last=True)])
@@ -377,19 +377,15 @@ class TestReplacedOnTheInstance:
     ]
 
     @pytest.mark.parametrize("form", FORMS)
-    def test_an_optimizer_over_other_groups_is_an_error_before_the_first_step(self, form):
+    @pytest.mark.parametrize("names", [False, True])
+    def test_the_rules_are_in_force_in_an_optimizer_over_other_groups(self, form, names):
         model = LitRules()
-        before = [p.clone() for p in model.parameters()]
-        model.configure_optimizers = lambda: form(torch.optim.SGD(model.parameters(), lr=0.1))
-        with pytest.raises(MisconfigurationException, match=r"LitRules are not in force.* builds SGD over other"):
-            trainer().fit(model)
-        assert all(map(torch.equal, before, model.parameters()))
-
-    def test_names_of_parameters_alone_do_not_make_decay_groups(self):
-        model = LitRules()
-        model.configure_optimizers = lambda: torch.optim.SGD(model.named_parameters(), lr=0.1)
-        with pytest.raises(MisconfigurationException, match="not in force"):
-            trainer().fit(model)
+        params = model.named_parameters if names else model.parameters
+        model.configure_optimizers = lambda: form(torch.optim.SGD(params(), lr=0.1))
+        run = trainer()
+        run.fit(model)
+        assert len(run.optimizers[0].param_groups) == 1
+        assert strengths(run.optimizers[0]) == {"bias": 0.0, "norm": 0.01, "head": 1e-3, "rest": 0.05}
 
     @pytest.mark.parametrize("form", FORMS)
     def test_an_optimizer_over_the_decay_groups_is_welcome(self, form):
@@ -420,8 +416,8 @@ class TestReplacedOnTheInstance:
         model = Lit()
         model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.1)
         run = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
-        with pytest.raises(MisconfigurationException, match="not in force"):
-            run.fit(model, digits_loader())
+        run.fit(model, digits_loader())
+        assert strengths(run.optimizers[0]) == {"rest": 0.1}
 
     def test_a_copy_of_the_module_has_one_of_its_own(self):
         model = LitRules()

@@ -121,9 +121,9 @@ def test_the_command_line(tmp_path):
     assert "class_path: torch.optim.SGD\n" in unchanged
 
 
-def test_every_public_name_has_its_section():
-    headings = re.findall(r"^### `(\w+)", README, flags=re.MULTILINE)
-    assert sorted(headings) == sorted(lightning_regdecay.__all__)
+@pytest.mark.parametrize("name", lightning_regdecay.__all__)
+def test_every_public_name_is_shown(name):
+    assert re.search(rf"\b{name}\b", README)
 
 
 def test_the_example(tmp_path):

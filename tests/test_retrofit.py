@@ -1,25 +1,41 @@
-"""Any existing model: its optimizers and schedulers, to the bit, over groups by decay rules."""
+"""Any existing model: its own optimizers and schedulers as they are, with the rules in force in their steps."""
 
 from __future__ import annotations
 
 import copy
-import math
+import pickle
 import warnings
 
+import lightning as L
 import pytest
 import torch
 import yaml
-from helpers import RULES, LitBase, LitRules, digits_loader, float64_norm, members, trainer
+from helpers import RULES, LitBase, LitRules, digits_loader, float64_norm, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
-from lightning_regdecay import WeightDecayMixin, WeightDecayMonitor, build_decay_groups
-from lightning_regdecay.retrofit import WeightDecayRules
+from lightning_regdecay import (
+    DecayRule,
+    WeightDecayMixin,
+    WeightDecayMonitor,
+    WeightDecayRules,
+    apply_decay_rules,
+    groups_in_force,
+    schedule_weight_decay,
+)
 
 schedulers = torch.optim.lr_scheduler
 SAME = {"*.bias": 0.1, "*norm*": 0.1, "*": 0.1}  # what SGD has below, in three groups
+LINEAR = {"schedule": "linear", "start": 1.0, "end": 0.0}
 
 
 def sgd(params, **options):
@@ -34,71 +50,64 @@ def two_parts(model):
     ]
 
 
-class Record:
-    """The lr of every parameter at every optimizer step, by name."""
-
-    def __init__(self, model):
-        self.model, self.lrs = model, []
-
-    def __call__(self, optimizer, args, kwargs):
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        lrs = {names[p]: float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        self.lrs.append(dict(sorted(lrs.items())))
+def with_mixin(theirs, rules):
+    return type("Ours", (WeightDecayMixin, theirs), {"decay_rules": rules})
 
 
-def record(model):
-    """Note learning rates of all optimizers that the model configures, whoever asks for them."""
-    log = Record(model)
-    configure = model.configure_optimizers
-
-    def recording():
-        config = configure()
-        stack = [config]
-        while stack:
-            part = stack.pop()
-            if isinstance(part, torch.optim.Optimizer):
-                part.register_step_post_hook(log)
-            elif isinstance(part, dict):
-                stack.append(part.get("optimizer"))
-            elif isinstance(part, (list, tuple)):
-                stack.extend(part)
-        return config
-
-    model.configure_optimizers = recording
-    return log
+def fit_with(way, theirs, rules, *callbacks, **options):
+    """A fit of their model, with the rules by the mixin, by the callback, or without."""
+    model = with_mixin(theirs, rules)() if way == "mixin" else theirs()
+    ours = [WeightDecayRules(rules)] if way == "callback" else []
+    run = trainer(**{"callbacks": [*callbacks, *ours], **options})
+    run.fit(model)
+    return model, run
 
 
-def fit(model, **options):
-    log = record(model)
-    trainer(max_epochs=3, **options).fit(model, val_dataloaders=digits_loader(64))
-    return model, log.lrs
+WAYS = ("mixin", "callback")
+both_ways = pytest.mark.parametrize("way", WAYS)
 
 
-def assert_parity(theirs, rules=SAME, groups=None):
-    """A class trains as without the mixin, with the mixin, and with the callback."""
+def in_force(optimizer):
+    return {group["name"]: group["weight_decay"] for group in groups_in_force(optimizer)}
 
-    class Ours(WeightDecayMixin, theirs):
-        decay_rules = rules
 
-    expected, lrs = fit(theirs())
-    assert lrs, "no optimizer step was taken"
-    ours, ours_lrs = fit(Ours())
-    callback, callback_lrs = theirs(), []
+def by_name(model, optimizers, key="weight_decay"):
+    """Parameter name to what the step has for it."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: g[key] for o in optimizers for g in groups_in_force(o) for p in g["params"] if p in names}
 
-    class Watch(WeightDecayMonitor):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            names = {parameter: name for name, parameter in pl_module.named_parameters()}
-            found = {names[p]: float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
-            callback_lrs.append(dict(sorted(found.items())))
 
-    run = trainer(max_epochs=3, callbacks=[WeightDecayRules(rules), Watch()])
-    run.fit(callback, val_dataloaders=digits_loader(64))
-    assert ours_lrs == lrs
-    assert callback_lrs == lrs
-    for name, parameter in expected.named_parameters():
-        assert torch.equal(parameter, ours.get_parameter(name)), name
-        assert torch.equal(parameter, callback.get_parameter(name)), name
-    return ours, run
+def assert_same_weights(a, b):
+    for (name, p), q in zip(a.named_parameters(), b.parameters()):
+        assert torch.equal(p, q), name
+
+
+class Lrs(L.Callback):
+    """The lr of every parameter at every step, and λ."""
+
+    def __init__(self):
+        self.lrs, self.strengths = [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.lrs.append(by_name(pl_module, trainer.optimizers, "lr"))
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.strengths.append(by_name(pl_module, trainer.optimizers))
+
+
+def assert_parity(theirs, **options):
+    """A class trains as without rules, with the mixin and with the callback, and its groups are its own."""
+    log = Lrs()
+    expected, run = fit_with("none", theirs, None, log, **options)
+    assert log.lrs, "no optimizer step was taken"
+    count = [len(optimizer.param_groups) for optimizer in run.optimizers]
+    for way in WAYS:
+        found = Lrs()
+        model, run = fit_with(way, theirs, SAME, found, **options)
+        assert found.lrs == log.lrs
+        assert_same_weights(model, expected)
+        assert [len(optimizer.param_groups) for optimizer in run.optimizers] == count
+        assert not any("decay_params" in group for optimizer in run.optimizers for group in optimizer.param_groups)
 
 
 class TestReturnShapes:
@@ -112,7 +121,6 @@ class TestReturnShapes:
             "optimizer": o,
             "lr_scheduler": {"scheduler": s, "interval": "step"},
         },
-        "dictionary without scheduler": lambda o, s: {"optimizer": o},
         "tuple of a dictionary": lambda o, s: ({"optimizer": o, "lr_scheduler": s},),
     }
 
@@ -123,26 +131,9 @@ class TestReturnShapes:
                 optimizer = sgd(two_parts(self))
                 return TestReturnShapes.SHAPES[shape](optimizer, schedulers.ExponentialLR(optimizer, gamma=0.5))
 
-        _, run = assert_parity(Theirs)
-        names = [group["name"] for group in run.optimizers[0].param_groups]
-        assert names == ["rest", "bias", "norm", "bias_2", "rest_2"]
+        assert_parity(Theirs, max_epochs=2)
 
-    def test_none(self):
-        class Theirs(LitBase):
-            automatic_optimization = False
-
-            def configure_optimizers(self):
-                return None
-
-            def training_step(self, batch, batch_idx):
-                pass
-
-        class Ours(WeightDecayMixin, Theirs):
-            decay_rules = SAME
-
-        trainer().fit(Ours())
-
-    @pytest.mark.parametrize("shape", ["tuple", "list", "tuple of dictionaries", "two lists"])
+    @pytest.mark.parametrize("shape", ["tuple", "tuple of dictionaries", "two lists"])
     def test_several_optimizers(self, shape):
         class Theirs(LitBase):
             automatic_optimization = False
@@ -153,7 +144,6 @@ class TestReturnShapes:
                 a, b = schedulers.StepLR(body, 1, gamma=0.5), schedulers.CosineAnnealingLR(rest, 9)
                 return {
                     "tuple": (body, rest),
-                    "list": [body, rest],
                     "tuple of dictionaries": (
                         {"optimizer": body, "lr_scheduler": a},
                         {"optimizer": rest, "lr_scheduler": {"scheduler": b}},
@@ -173,327 +163,493 @@ class TestReturnShapes:
                 for scheduler in self.lr_schedulers() or []:
                     scheduler.step()
 
-        _, run = assert_parity(Theirs)
-        names = [[group["name"] for group in optimizer.param_groups] for optimizer in run.optimizers]
-        assert names == [["rest", "bias"], ["norm", "bias", "rest"]]
+        assert_parity(Theirs, max_epochs=2)
 
 
-class TestSchedulers:
-    SCHEDULERS = {
-        "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 0.9**step),
-        "LambdaLR of a list": lambda o: schedulers.LambdaLR(o, [lambda step: 0.9**step, lambda step: 0.5**step]),
-        "MultiplicativeLR of a list": lambda o: schedulers.MultiplicativeLR(o, [lambda step: 0.9, lambda step: 0.5]),
-        "StepLR": lambda o: schedulers.StepLR(o, 2),
-        "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [2, 5]),
-        "ConstantLR": lambda o: schedulers.ConstantLR(o, total_iters=3),
-        "LinearLR": lambda o: schedulers.LinearLR(o, total_iters=4),
-        "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.8),
-        "PolynomialLR": lambda o: schedulers.PolynomialLR(o, total_iters=9, power=2),
-        "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, T_max=9, eta_min=1e-3),
-        "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, T_0=3),
-        "OneCycleLR": lambda o: schedulers.OneCycleLR(o, max_lr=0.2, total_steps=20),
-        "OneCycleLR of a list": lambda o: schedulers.OneCycleLR(o, [0.2, 0.05], total_steps=20),
-        "CyclicLR of lists": lambda o: schedulers.CyclicLR(
-            o, [0.01, 0.02], max_lr=[0.1, 0.2], step_size_up=3, base_momentum=[0.8, 0.7], max_momentum=[0.9, 0.95]
-        ),
-        "SequentialLR": lambda o: schedulers.SequentialLR(
-            o, [schedulers.LinearLR(o, total_iters=3), schedulers.LambdaLR(o, [lambda s: 0.9**s] * 2)], milestones=[3]
-        ),
-        "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
-            [schedulers.ConstantLR(o, total_iters=3), schedulers.ExponentialLR(o, 0.9)], optimizer=o
-        ),
-        "SWALR of a list": lambda o: torch.optim.swa_utils.SWALR(o, [0.05, 0.01], anneal_epochs=5),
-    }
+class TestInForce:
+    """The rules are in force, or the fit stops."""
 
-    @pytest.mark.parametrize("kind", SCHEDULERS)
-    def test_every_learning_rate_is_what_it_was(self, kind):
+    @both_ways
+    def test_bit_for_bit_as_groups_by_hand(self, way):
         class Theirs(LitBase):
             def configure_optimizers(self):
-                optimizer = sgd(two_parts(self))
-                scheduler = TestSchedulers.SCHEDULERS[kind](optimizer)
-                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-        assert_parity(Theirs)
-
-    @pytest.mark.parametrize("min_lr", [1e-4, [0.04, 0.001]])
-    def test_plateaus(self, min_lr):
-        class Theirs(LitBase):
-            def configure_optimizers(self):
-                optimizer = sgd(two_parts(self))
-                scheduler = schedulers.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0, min_lr=min_lr)
-                return {"optimizer": optimizer, "lr_scheduler": scheduler, "monitor": "val_loss"}
-
-        assert_parity(Theirs)
-
-    def test_one_of_the_users_own(self):
-        class Warm(schedulers.LRScheduler):
-            def __init__(self, optimizer, final_lrs, steps):
-                self.final_lrs, self.steps = final_lrs, steps
-                super().__init__(optimizer)
-
-            def get_lr(self):
-                part = min(self.last_epoch / self.steps, 1.0)
-                return [base + part * (final - base) for base, final in zip(self.base_lrs, self.final_lrs)]
-
-        class Theirs(LitBase):
-            def configure_optimizers(self):
-                optimizer = sgd(two_parts(self))
-                return [optimizer], [{"scheduler": Warm(optimizer, [0.5, 0.01], 6), "interval": "step"}]
-
-        assert_parity(Theirs)
-
-    def test_one_that_is_no_scheduler_of_torch(self):
-        class Halving:
-            """As timm's: values per group, taken from the optimizer when it is made."""
-
-            def __init__(self, optimizer):
-                self.optimizer, self.steps = optimizer, 0
-                self.base_values = [group["lr"] for group in optimizer.param_groups]
-
-            def step(self, *args):
-                self.steps += 1
-                for group, value in zip(self.optimizer.param_groups, self.base_values):
-                    group["lr"] = value * 0.5**self.steps
-
-            def state_dict(self):
-                return {"steps": self.steps}
-
-            def load_state_dict(self, state_dict):
-                self.steps = state_dict["steps"]
-
-        class Theirs(LitBase):
-            def configure_optimizers(self):
-                optimizer = sgd(two_parts(self))
-                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": Halving(optimizer), "interval": "step"}}
-
-            def lr_scheduler_step(self, scheduler, metric):
-                scheduler.step()
-
-        assert_parity(Theirs)
-
-    def test_torch_is_left_as_it_was(self):
-        before = (torch.optim.Optimizer.add_param_group, schedulers.LambdaLR.__init__, schedulers.LRScheduler.__init__)
-
-        class Broken(LitBase):
-            def configure_optimizers(self):
-                raise RuntimeError("theirs")
-
-        class Ours(WeightDecayMixin, Broken):
-            decay_rules = SAME
-
-        with pytest.raises(RuntimeError, match="theirs"):
-            Ours().configure_optimizers()
-        after = (torch.optim.Optimizer.add_param_group, schedulers.LambdaLR.__init__, schedulers.LRScheduler.__init__)
-        assert after == before
-
-
-class TestGroups:
-    def ours(self, configure, rules=RULES, **attributes):
-        theirs = type("Theirs", (LitBase,), {"configure_optimizers": configure})
-        model = type("Ours", (WeightDecayMixin, theirs), {"decay_rules": rules})()
-        return model, model.configure_optimizers()
-
-    def test_rules_set_the_strength_and_keep_other_options(self):
-        _, optimizer = self.ours(lambda self: sgd(two_parts(self), nesterov=True))
-        found = {
-            group["name"]: (group["param_names"], group["weight_decay"], group["lr"])
-            for group in optimizer.param_groups
-        }
-        assert found == {
-            "rest": (["body.weight"], 0.05, 0.1),
-            "bias": (["body.bias"], 0.0, 0.1),
-            "norm": (["norm.weight"], 0.01, 0.02),
-            "bias_2": (["norm.bias", "head.bias"], 0.0, 0.02),
-            "head": (["head.weight"], 0.001, 0.02),
-        }
-        assert all(group["nesterov"] for group in optimizer.param_groups)
-
-    def test_names_of_their_groups_stay_in_front(self):
-        _, optimizer = self.ours(
-            lambda self: sgd([{"params": self.parameters(), "name": "all of it"}]), {"*.bias": 0.0}
-        )
-        assert [group["name"] for group in optimizer.param_groups] == ["all_of_it.default", "all_of_it.bias"]
-        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-
-    def test_a_multiple_is_of_what_their_group_had(self):
-        def configure(self):
-            return sgd([{"params": self.body.parameters(), "weight_decay": 0.4}, {"params": self.head.parameters()}])
-
-        _, optimizer = self.ours(configure, {"*.bias": 0.0, "*": {"decay_mult": 0.5}})
-        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0, 0.05, 0.0]
-
-    def test_schedules_and_options(self):
-        rules = {
-            "*": {"weight_decay": {"schedule": "linear", "start": 0, "end": 1, "steps": 10}, "options": {"lr": 0.5}}
-        }
-        _, optimizer = self.ours(lambda self: sgd(self.parameters()), rules)
-        optimizer.step()
-        optimizer.step()
-        assert optimizer.param_groups[0]["weight_decay"] == 0.1
-        assert optimizer.param_groups[0]["lr"] == 0.5
-
-    @pytest.mark.parametrize(
-        "params",
-        [
-            lambda self: self.named_parameters(),
-            lambda self: list(self.parameters()),
-            lambda self: [{"params": self.body.weight}, {"params": list(self.body.named_parameters())[1:]}],
-        ],
-    )
-    def test_every_way_to_pass_parameters(self, params):
-        _, optimizer = self.ours(lambda self: sgd(params(self)))
-        names = [name for group in optimizer.param_groups for name in group["param_names"]]
-        assert names[:2] == ["body.weight", "body.bias"]
-
-    def test_frozen_parameters_that_their_optimizer_holds_go_by_the_rules(self):
-        class Theirs(LitBase):
-            def __init__(self):
-                super().__init__()
-                self.body.requires_grad_(False)
-
-            def configure_optimizers(self):
-                return sgd(self.parameters())
-
-        class Ours(WeightDecayMixin, Theirs):
-            decay_rules = RULES
-
-        optimizer = Ours().configure_optimizers()
-        assert {"body.weight", "body.bias"} <= {n for group in optimizer.param_groups for n in group["param_names"]}
-
-    def test_an_optimizer_without_weight_decay(self):
-        with pytest.raises(ValueError, match="Rprop knows no weight decay"):
-            self.ours(lambda self: torch.optim.Rprop(self.parameters()))
-
-    def test_one_beside_others_whose_parameters_need_none(self):
-        def configure(self):
-            return sgd(self.body.parameters()), torch.optim.Rprop([*self.norm.parameters(), *self.head.parameters()])
-
-        _, (first, second) = self.ours(configure, {"body.*": 0.3, "*": 0.0})
-        assert first.param_groups[0]["weight_decay"] == 0.3
-        assert "weight_decay" not in second.param_groups[0]
-
-    def test_an_option_that_their_optimizer_does_not_know(self):
-        rules = {"*": {"weight_decay": 0.1, "options": {"betas": [0.9, 0.99]}}}
-        with pytest.raises(ValueError, match="group 'rest' has the option 'betas', which SGD does not know"):
-            self.ours(lambda self: sgd(self.parameters()), rules)
-
-    def test_a_set_of_parameters_is_torchs_own_error(self):
-        with pytest.raises(TypeError, match="ordered"):
-            self.ours(lambda self: sgd([{"params": set(self.parameters())}]))
-
-    def test_a_module_with_a_builder_of_its_own_uses_that(self):
-        class Theirs(LitBase):
-            def configure_optimizers(self):
-                raise AssertionError("not to be called")
-
-        class Ours(WeightDecayMixin, Theirs):
-            decay_rules = RULES
-
-            def build_optimizer(self, param_groups):
-                return torch.optim.Adagrad(param_groups)
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert isinstance(Ours().configure_optimizers(), torch.optim.Adagrad)
-
-    def test_the_monitor_shows_the_rules(self, capsys):
-        model, _ = self.ours(lambda self: sgd(two_parts(self)))
-        monitor = WeightDecayMonitor()
-        trainer(callbacks=[monitor]).fit(model)
-        table = capsys.readouterr().out
-        assert "*.bias" in table
-        assert "head.*" in table
-        heads = [model.head.weight]
-        assert monitor.history[-1]["decay/head/l2_norm"] == pytest.approx(float64_norm(heads), rel=1e-6)
-
-    @pytest.mark.parametrize(
-        "kind",
-        ["ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD"],
-    )
-    def test_every_optimizer_of_torch_trains_as_with_groups_by_hand(self, kind):
-        build = getattr(torch.optim, kind)
-
-        class Theirs(LitBase):
-            def configure_optimizers(self):
-                return build(self.parameters(), lr=0.01)
-
-        class Ours(WeightDecayMixin, Theirs):
-            decay_rules = {"*.bias": 0.0, "*": 0.3}
+                return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
 
         class ByHand(LitBase):
             def configure_optimizers(self):
                 names = dict(self.named_parameters())
                 groups = [[p for n, p in names.items() if n.endswith("bias") == biased] for biased in (False, True)]
-                return build(
+                return torch.optim.AdamW(
                     [{"params": groups[0], "weight_decay": 0.3}, {"params": groups[1], "weight_decay": 0.0}], lr=0.01
                 )
 
-        models = [Ours(), ByHand()]
-        for model in models:
-            trainer(max_epochs=2).fit(model)
-        for ours, by_hand in zip(*(model.parameters() for model in models)):
-            assert torch.equal(ours, by_hand)
+        rules = {"*.bias": 0.0, "*": 0.3}
+        model, run = fit_with(way, Theirs, rules, max_epochs=2, gradient_clip_val=0.1, accumulate_grad_batches=2)
+        by_hand = ByHand()
+        trainer(max_epochs=2, gradient_clip_val=0.1, accumulate_grad_batches=2).fit(by_hand)
+        for (name, p), q in zip(model.named_parameters(), by_hand.parameters()):
+            # Clipping adds up the norms of all gradients in the order of the groups.
+            assert torch.allclose(p, q, rtol=1e-5, atol=1e-7), name
+        assert in_force(run.optimizers[0]) == {"rest": 0.3, "bias": 0.0}
+        assert run.optimizers[0].param_groups[0]["weight_decay"] == 0.1
 
+    def test_in_what_a_class_configures_itself(self):
+        class Own(WeightDecayMixin, LitBase):
+            decay_rules = RULES
 
-class TestCallback:
-    def test_the_model_is_left_as_it_was(self):
-        model = LitBase()
-        model.configure_optimizers = chosen = lambda: sgd(model.parameters())
-        run = trainer(callbacks=[WeightDecayRules(RULES)])
-        run.fit(model)
-        assert len(run.optimizers[0].param_groups) == 4
-        assert model.configure_optimizers is chosen
-        del model.configure_optimizers
-        run.validate(model, digits_loader(64))
-        assert "configure_optimizers" not in vars(model)
+            def configure_optimizers(self):
+                return [sgd(self.body.parameters()), sgd([*self.norm.parameters(), *self.head.parameters()])][:1]
 
-    def test_a_model_with_rules_of_its_own(self):
+        (optimizer,) = Own().configure_optimizers()
+        assert in_force(optimizer) == {"rest": 0.05, "bias": 0.0}
+
+    def test_in_what_a_class_makes_of_supers(self):
+        class Lookahead(torch.optim.Optimizer):
+            def __init__(self, inner):
+                super().__init__(inner.param_groups, inner.defaults)
+                self.inner, self.param_groups = inner, inner.param_groups
+
+            def step(self, closure=None):
+                return self.inner.step(closure)
+
+        class Own(LitRules):
+            def configure_optimizers(self):
+                return Lookahead(super().configure_optimizers())
+
+        run = trainer()
+        run.fit(Own())
+        assert in_force(run.optimizers[0]) == {"bias": 0.0, "norm": 0.01, "head": 1e-3, "rest": 0.05}
+
+    @pytest.mark.parametrize("signature", ["(self, params)", "(self)", "(self, *, lr)"])
+    @both_ways
+    def test_builders_of_a_base_are_the_bases(self, signature, way):
+        class Theirs(LitBase):
+            def build_lr_scheduler(self, optimizer, gamma=0.5):
+                return schedulers.ExponentialLR(optimizer, gamma)
+
+            def configure_optimizers(self):
+                optimizer = {
+                    "(self, params)": lambda: self.build_optimizer(self.parameters()),
+                    "(self)": lambda: self.build_optimizer(),
+                    "(self, *, lr)": lambda: self.build_optimizer(lr=0.1),
+                }[signature]()
+                return [optimizer], [self.build_lr_scheduler(optimizer)]
+
+        builders = {
+            "(self, params)": lambda self, params: sgd(params),
+            "(self)": lambda self: sgd(self.parameters()),
+            "(self, *, lr)": lambda self, *, lr: sgd(self.parameters(), lr=lr),
+        }
+        theirs = type("Theirs", (Theirs,), {"build_optimizer": builders[signature]})
+        _, run = fit_with(way, theirs, RULES)
+        assert type(run.optimizers[0]) is torch.optim.SGD
+        assert run.optimizers[0].defaults["momentum"] == 0.9
+        assert in_force(run.optimizers[0])["head"] == 1e-3
+
+    def test_a_builder_of_a_base_that_cannot_take_the_groups_says_so(self):
+        class Theirs(LitBase):
+            def build_optimizer(self):
+                return sgd(self.parameters())
+
+        with pytest.raises(TypeError, match="build_optimizer of Ours cannot be called with the param groups alone"):
+            with_mixin(Theirs, RULES)().configure_optimizers()
+
+    def test_attributes_of_a_base_are_not_hidden(self):
+        class Theirs(LitBase):
+            def __init__(self):
+                super().__init__()
+                self._lr, self._groups, self._rules = 0.3, "theirs", "theirs"
+
+            def _loggable(self):
+                return "theirs"
+
+            def configure_optimizers(self):
+                assert (self._groups, self._rules, self._loggable()) == ("theirs", "theirs", "theirs")
+                return sgd(self.parameters(), lr=self._lr)
+
+        _, run = fit_with("mixin", Theirs, RULES)
+        assert run.optimizers[0].param_groups[0]["lr"] == 0.3
+
+    @both_ways
+    def test_a_model_without_an_optimizer_stops(self, way):
+        class Theirs(LitBase):
+            automatic_optimization = False
+
+            def configure_optimizers(self):
+                return None
+
+            def training_step(self, batch, batch_idx):
+                pass
+
+        match = "are in force nowhere: it has no optimizer; give it an optimizer over its parameters"
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*returned `None`.*")
+            with pytest.raises(ValueError, match=match):
+                fit_with(way, Theirs, RULES)
+
+    @both_ways
+    def test_an_optimizer_that_never_steps_stops(self, way):
+        class Bypass(torch.optim.SGD):
+            def descend(self):
+                torch.optim.SGD.step.__wrapped__(self)
+
+        class Theirs(LitBase):
+            def configure_optimizers(self):
+                return Bypass(self.parameters(), lr=0.1)
+
+            def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+                closure()
+                optimizer.optimizer.descend() if hasattr(optimizer, "optimizer") else optimizer.descend()
+                self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_ready()
+                progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
+                progress.optimizer.step.increment_completed()
+
+        torch.optim.SGD([torch.ones(1)])
         with pytest.raises(
-            MisconfigurationException, match="LitRules has WeightDecayMixin, and WeightDecayRules would"
+            MisconfigurationException, match="are not in force: parameters of Bypass change, but not in its step"
+        ):
+            fit_with(way, Theirs, RULES)
+
+    @both_ways
+    def test_an_optimizer_that_takes_the_place_of_another(self, way):
+        class Theirs(LitBase):
+            def configure_optimizers(self):
+                return sgd(self.parameters())
+
+            def on_train_epoch_start(self):
+                if self.current_epoch == 1:
+                    self.trainer.strategy.setup_optimizers(self.trainer)
+
+        rules = {"*.bias": 0.0, "*": {**LINEAR, "epochs": 2}}
+        log = Lrs()
+        _, _run = fit_with(way, Theirs, rules, log, max_epochs=2)
+        assert [s["body.weight"] for s in log.strengths] == [1 - i / 8 for i in range(8)]
+
+    @both_ways
+    def test_options_in_their_optimizer_are_an_error(self, way):
+        class Theirs(LitBase):
+            def configure_optimizers(self):
+                return sgd(self.parameters())
+
+        rules = {"*": {"weight_decay": 0.1, "options": {"lr": 0.5}}}
+        with pytest.raises(ValueError, match=r"has the options 'lr'.*build_optimizer of WeightDecayMixin"):
+            fit_with(way, Theirs, rules)
+
+    def test_other_rules_of_a_nested_module_are_not_asked(self):
+        class Outer(WeightDecayMixin, LitBase):
+            decay_rules = {"*": 0.5}
+
+            def __init__(self):
+                super().__init__()
+                self.inner = LitRules()
+
+        run = trainer()
+        run.fit(Outer())
+        assert in_force(run.optimizers[0]) == {"rest": 0.5}
+
+    def test_but_both_in_one_optimizer_are_an_error(self):
+        class Outer(WeightDecayMixin, LitBase):
+            decay_rules = {"*": 0.5}
+
+            def __init__(self):
+                super().__init__()
+                self.inner = LitRules()
+
+            def configure_optimizers(self):
+                return self.inner.configure_optimizers()
+
+        with pytest.raises(ValueError, match="both LitRules and Outer have decay rules for"):
+            Outer().configure_optimizers()
+
+    def test_knows_weight_decay_where_a_group_holds_one(self):
+        class Muon(torch.optim.Optimizer):
+            """As the reference Muon with auxiliary Adam: no defaults, all in the groups."""
+
+            def __init__(self, groups):
+                for group in groups:
+                    group.setdefault("lr", 0.01)
+                    group.setdefault("weight_decay", 0.0)
+                super().__init__(groups, {})
+
+            @torch.no_grad()
+            def step(self, closure=None):
+                loss = None if closure is None else torch.enable_grad()(closure)()
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * p.grad)
+                return loss
+
+        class Theirs(LitBase):
+            def configure_optimizers(self):
+                return Muon([{"params": list(self.parameters()), "use_muon": False}])
+
+        class Rprop(LitBase):
+            def configure_optimizers(self):
+                return torch.optim.Rprop(self.parameters())
+
+        class Own(LitRules):
+            decay_rules = {"*.bias": {"weight_decay": 0.0, "options": {"lr": 0.5}}, "*": 0.1}
+
+            def build_optimizer(self, param_groups):
+                return Muon(param_groups)
+
+        _, run = fit_with("mixin", Theirs, RULES)
+        assert in_force(run.optimizers[0])["head"] == 1e-3
+        assert in_force(Own().configure_optimizers()) == {"bias": 0.0, "rest": 0.1}
+        with pytest.raises(ValueError, match="Rprop knows no weight decay"):
+            with_mixin(
+                type("T", (LitBase,), {"configure_optimizers": lambda s: torch.optim.Rprop(s.parameters())}), RULES
+            )().configure_optimizers()
+
+
+class TestOnce:
+    """Fitting often, and what is left when a fit has ended or failed."""
+
+    class Kept(LitBase):
+        """Keeps its optimizer, so that a second fit goes on with its state."""
+
+        optimizer_of_all_fits = None
+
+        def configure_optimizers(self):
+            if self.optimizer_of_all_fits is None:
+                object.__setattr__(self, "optimizer_of_all_fits", sgd(self.parameters()))
+            return self.optimizer_of_all_fits
+
+    @staticmethod
+    def what_hangs(optimizer):
+        return {
+            name: len(value) if "hooks" in name else name in ("step", "__getstate__") or None
+            for name, value in vars(optimizer).items()
+            if "hooks" in name or name in ("step", "__getstate__")
+        }
+
+    @both_ways
+    def test_ten_fits_of_one_optimizer(self, way):
+        rules = {"*.bias": 0.0, "*": {"decay_mult": 0.5}}
+        model = with_mixin(self.Kept, rules)() if way == "mixin" else self.Kept()
+        held = []
+        for _ in range(5):
+            look = []
+
+            class Look(L.Callback):
+                def on_train_batch_end(self, trainer, *args, look=look):
+                    look.append(TestOnce.what_hangs(trainer.optimizers[0]))
+
+            run = trainer(callbacks=[Look(), *([WeightDecayRules(rules)] if way == "callback" else [])])
+            run.fit(model)
+            held.append(look[-1])
+            assert in_force(run.optimizers[0]) == {"rest": 0.05, "bias": 0.0}
+            assert set(self.what_hangs(run.optimizers[0]).values()) == {0}
+        assert held == [held[0]] * 5
+
+    def test_without_rules_afterwards_it_is_theirs_again(self):
+        model = self.Kept()
+        trainer(callbacks=[WeightDecayRules(RULES)]).fit(model)
+        run = trainer()
+        run.fit(model)
+        assert in_force(run.optimizers[0]) == {"0": 0.1}
+        reference = self.Kept()
+        trainer(max_epochs=2).fit(reference)
+        assert model.optimizer_of_all_fits.param_groups[0]["weight_decay"] == 0.1
+
+    POINTS = (
+        "setup",
+        "configure_optimizers",
+        "on_fit_start",
+        "on_train_start",
+        "on_train_batch_start",
+        "training_step",
+        "backward",
+        "on_before_optimizer_step",
+        "on_train_batch_end",
+        "on_validation_start",
+        "on_train_end",
+    )
+
+    @pytest.mark.parametrize("point", POINTS)
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    def test_a_fit_that_fails(self, point, error):
+        rules = {"*.bias": 0.0, "*": {"decay_mult": 0.5}}
+        for way in WAYS:
+
+            class Theirs(self.Kept):
+                failing = point
+
+                def fail(self, where):
+                    if where == self.failing:
+                        raise error("out of memory")
+
+                def training_step(self, batch, batch_idx):
+                    self.fail("training_step")
+                    return super().training_step(batch, batch_idx)
+
+            def failing_hook(name):
+                def hook(self, *args, **kwargs):
+                    self.fail(name)
+                    return getattr(super(Theirs, self), name)(*args, **kwargs)
+
+                return hook
+
+            for name in self.POINTS:
+                if name != "training_step":
+                    setattr(Theirs, name, failing_hook(name))
+            model = with_mixin(Theirs, rules)() if way == "mixin" else Theirs()
+            callbacks = [WeightDecayRules(rules)] if way == "callback" else []
+            before = set(vars(model))
+            run = trainer(callbacks=callbacks)
+            with pytest.raises((error, SystemExit)):
+                run.fit(model, val_dataloaders=digits_loader(64))
+            optimizer = model.optimizer_of_all_fits
+            if optimizer is not None:
+                assert set(self.what_hangs(optimizer).values()) <= {0}
+                assert len(optimizer.param_groups) == 1
+            assert "configure_optimizers" not in set(vars(model)) - before
+            assert all(
+                isinstance(c, WeightDecayRules) or not type(c).__name__.startswith("_Rules") for c in run.callbacks
+            )
+
+            model.failing = ""
+            run = trainer(callbacks=callbacks)
+            run.fit(model)
+            assert in_force(run.optimizers[0]) == {"rest": 0.05, "bias": 0.0}
+
+    def test_a_corrected_typo_is_forgotten(self):
+        model = self.Kept()
+        with pytest.raises(ValueError, match=r"rule 1 '\*\.bais' takes nothing"):
+            trainer(callbacks=[WeightDecayRules({"*.bais": 0.0, "*": 0.3})]).fit(model)
+        run = trainer(callbacks=[WeightDecayRules({"*.bias": 0.0, "*": 0.3})])
+        run.fit(model)
+        assert in_force(run.optimizers[0]) == {"rest": 0.3, "bias": 0.0}
+
+    def test_two_callbacks_and_mixin_and_callback(self):
+        with pytest.raises(MisconfigurationException, match="put all rules into one place"):
+            trainer(callbacks=[WeightDecayRules(RULES), WeightDecayRules(SAME)]).fit(self.Kept())
+        with pytest.raises(
+            MisconfigurationException, match="WeightDecayRules would bring other decay rules to LitRules"
         ):
             trainer(callbacks=[WeightDecayRules(RULES)]).fit(LitRules())
 
-    def test_mistakes_come_when_it_is_made_or_before_training(self):
-        with pytest.raises(ValueError, match="weight_decay must be a finite number"):
-            WeightDecayRules({"*": -1})
-        with pytest.raises(ValueError, match=r"rule 1 '\*\.bais' takes nothing"):
-            trainer(callbacks=[WeightDecayRules({"*.bais": 0.0})]).fit(LitAdam())
+    def test_a_second_fit_with_other_rules(self):
+        model = self.Kept()
+        for strength in (0.1, 0.2):
+            run = trainer(callbacks=[WeightDecayRules({"*": strength})])
+            run.fit(model)
+            assert in_force(run.optimizers[0]) == {"rest": strength}
 
-    def test_not_strict(self):
-        with pytest.warns(UserWarning, match=r"rule 1 '\*\.bais' takes nothing"):
-            trainer(callbacks=[WeightDecayRules({"*.bais": 0.0}, decay_strict=False)]).fit(LitAdam())
+    def test_copies_during_and_after_a_fit(self):
+        copies = {}
 
-    @pytest.mark.parametrize("scheduler", [[], ["--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "2"]])
-    def test_lightning_cli_with_a_chosen_optimizer(self, scheduler, tmp_path):
-        callback = {"class_path": "lightning_regdecay.retrofit.WeightDecayRules", "init_args": {"decay_rules": RULES}}
-        config = {"trainer": {"callbacks": [callback], "logger": False, "enable_checkpointing": False, "max_epochs": 3}}
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        args = ["--config", str(tmp_path / "config.yaml"), "--optimizer", "SGD", "--optimizer.lr", "0.1", *scheduler]
-        cli = LightningCLI(LitBase, args=args, run=False, save_config_callback=None)
-        cli.trainer.fit(cli.model)
-        (optimizer,) = cli.trainer.optimizers
-        found = {group["name"]: (group["weight_decay"], group["lr"]) for group in optimizer.param_groups}
-        lr = pytest.approx(0.01 if scheduler else 0.1)
-        assert found == {"rest": (0.05, lr), "bias": (0.0, lr), "norm": (0.01, lr), "head": (0.001, lr)}
+        class Theirs(self.Kept):
+            def training_step(self, batch, batch_idx):
+                if batch_idx == 2:
+                    copies["module"] = copy.deepcopy(self)
+                    copies["optimizer"] = copy.deepcopy(self.optimizer_of_all_fits)
+                    copies["callback"] = pickle.loads(pickle.dumps(self.trainer.callbacks[0]))
+                return super().training_step(batch, batch_idx)
 
-    def test_resumes_with_other_rules(self, tmp_path):
-        def fit(rules, epochs, **options):
-            checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
-            run = trainer(max_epochs=epochs, callbacks=[WeightDecayRules(rules), checkpoint], enable_checkpointing=True)
-            model = LitAdam()
-            run.fit(model, **options)
-            return model, run.optimizers[0]
+        callback = WeightDecayRules(RULES)
+        model = Theirs()
+        trainer(callbacks=[callback]).fit(model)
+        with pytest.raises(RuntimeError, match="a copy of an optimizer with decay rules in force"):
+            copies["optimizer"].step()
+        assert copies["callback"].decay_rules == RULES
+        copies["module"].optimizer_of_all_fits = None
+        trainer(callbacks=[copies["callback"]]).fit(Theirs())
+        for again in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+            assert again.decay_rules == RULES
+        copy.deepcopy(model).optimizer_of_all_fits.step()
 
-        whole, _ = fit({"*.bias": 0.1, "*": 0.1}, 2)
-        resumed, optimizer = fit({"head.*": 0.1, "*": 0.1}, 2, ckpt_path=tmp_path / "epoch=0.ckpt")
-        assert [group["name"] for group in optimizer.param_groups] == ["rest", "head"]
-        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
+    def test_the_model_is_left_as_it_was(self):
+        model = LitBase()
+        model.configure_optimizers = chosen = lambda: sgd(model.parameters())
+        plain = LitBase()
+        plain.configure_optimizers = lambda: sgd(plain.parameters())
+        trainer().fit(plain)
+        trainer(callbacks=[WeightDecayRules(RULES)]).fit(model)
+        assert model.configure_optimizers is chosen
+        assert set(vars(model)) == set(vars(plain))
+
+    def test_torch_and_lightning_are_left_as_they_were(self):
+        kinds = (torch.optim.Optimizer, torch.optim.SGD, schedulers.LRScheduler, L.LightningModule, L.Trainer)
+        sgd([torch.ones(1)])
+        before = [dict(vars(kind)) for kind in kinds]
+        for way in WAYS:
+            fit_with(way, self.Kept, RULES)
+        assert [dict(vars(kind)) for kind in kinds] == before
 
 
-class LitAdam(LitBase):
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
-        return {"optimizer": optimizer, "lr_scheduler": schedulers.StepLR(optimizer, 1, gamma=0.5)}
+class TestCheckpoints:
+    class Theirs(LitBase):
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(two_parts(self), lr=0.01, weight_decay=0.1)
+            return {"optimizer": optimizer, "lr_scheduler": schedulers.StepLR(optimizer, 1, gamma=0.5)}
+
+    def fit(self, path, way, rules, epochs, ckpt_path=None, theirs=None):
+        checkpoint = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1)
+        theirs = theirs or self.Theirs
+        model = with_mixin(theirs, rules)() if way == "mixin" else theirs()
+        ours = [WeightDecayRules(rules)] if way == "callback" else []
+        run = trainer(max_epochs=epochs, callbacks=[*ours, checkpoint], enable_checkpointing=True)
+        run.fit(model, ckpt_path=ckpt_path)
+        return model, run
+
+    @both_ways
+    def test_are_those_of_the_run_without_rules(self, way, tmp_path):
+        self.fit(tmp_path / "plain", "none", None, 1)
+        self.fit(tmp_path / "ours", way, SAME, 1)
+        plain, ours = (torch.load(tmp_path / n / "epoch=0.ckpt", weights_only=True) for n in ("plain", "ours"))
+        for one, other in zip(plain["optimizer_states"], ours["optimizer_states"]):
+            assert one["param_groups"] == other["param_groups"]
+            assert one["state"].keys() == other["state"].keys()
+            for number, state in one["state"].items():
+                assert all(torch.equal(value, other["state"][number][key]) for key, value in state.items())
+        assert plain["lr_schedulers"] == ours["lr_schedulers"]
+
+    @both_ways
+    def test_load_with_and_without_rules(self, way, tmp_path):
+        whole, _ = self.fit(tmp_path / "whole", "none", None, 3)
+        for first, second in (("none", way), (way, "none"), (way, way)):
+            path = tmp_path / f"{first} {second}"
+            self.fit(path, first, SAME, 1)
+            resumed, _ = self.fit(path / "2", second, SAME, 3, ckpt_path=path / "epoch=0.ckpt")
+            assert_same_weights(resumed, whole)
+
+    @both_ways
+    def test_other_rules_win(self, way, tmp_path):
+        self.fit(tmp_path, way, {"*.bias": 0.0, "*": 0.1}, 1)
+        _, run = self.fit(tmp_path / "2", way, {"head.*": 0.5, "*": 0.2}, 2, ckpt_path=tmp_path / "epoch=0.ckpt")
+        assert set(in_force(run.optimizers[0]).values()) == {0.5, 0.2}
+
+    @both_ways
+    def test_steps_of_schedules_go_along(self, way, tmp_path):
+        class Theirs(LitBase):
+            def configure_optimizers(self):
+                return sgd(self.parameters())
+
+        rules = {"*.bias": 0.0, "*": {**LINEAR, "epochs": 3}}
+        whole, _ = self.fit(tmp_path / "whole", way, rules, 3, theirs=Theirs)
+        self.fit(tmp_path, way, rules, 1, theirs=Theirs)
+        resumed, run = self.fit(tmp_path / "2", way, rules, 3, tmp_path / "epoch=0.ckpt", theirs=Theirs)
+        assert_same_weights(resumed, whole)
+        assert run.optimizers[0].param_groups[0]["decay_step"] == 12
+
+    @both_ways
+    def test_a_schedule_that_is_added_counts_the_steps_of_the_run(self, way, tmp_path):
+        class Theirs(LitBase):
+            def configure_optimizers(self):
+                return sgd(self.parameters())
+
+        self.fit(tmp_path, "none", None, 1, theirs=Theirs)
+        rules = {"*": {**LINEAR, "epochs": 3}}
+        _, run = self.fit(tmp_path / "2", way, rules, 2, tmp_path / "epoch=0.ckpt", theirs=Theirs)
+        assert in_force(run.optimizers[0]) == {"rest": pytest.approx(1 - 7 / 12)}
+
+    def test_saved_after_the_fit_they_have_all_as_well(self, tmp_path):
+        rules = {"*": {**LINEAR, "epochs": 3}}
+        _, run = self.fit(tmp_path, "mixin", rules, 1)
+        run.save_checkpoint(tmp_path / "after.ckpt")
+        state = torch.load(tmp_path / "after.ckpt", weights_only=True)["optimizer_states"][0]
+        assert [group["decay_step"] for group in state["param_groups"]] == [4, 4]
 
 
 class LitBackbone(LitBase):
@@ -509,62 +665,88 @@ class LitBackbone(LitBase):
 
     def configure_optimizers(self):
         trainable = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.SGD(trainable, lr=0.1, momentum=0.9, weight_decay=0.3)
+        return sgd(trainable, weight_decay=0.3)
 
 
-class LitRulesBackbone(WeightDecayMixin, LitBackbone):
+class LitOwnBackbone(WeightDecayMixin, LitBackbone):
+    """The same with an optimizer over the decay groups."""
+
     decay_rules = {"*.bias": 0.0, "backbone.*": 0.1, "*": 0.05}
 
+    def build_optimizer(self, param_groups):
+        return sgd(param_groups)
 
-class TestFinetuning:
-    def fit(self, epochs, model=LitRulesBackbone, path=None, ckpt_path=None):
-        model = model()
+
+class TestGrowing:
+    RULES = {"*.bias": 0.0, "backbone.*": 0.1, "*": 0.05}
+
+    def finetune(self, epochs, way, rules=RULES, path=None, ckpt_path=None, theirs=LitBackbone):
         unfreezing = BackboneFinetuning(unfreeze_backbone_at_epoch=1, lambda_func=lambda epoch: 1.5, verbose=False)
-        monitor = WeightDecayMonitor(summary=False)
+        log = Lrs()
         saving = [ModelCheckpoint(path, filename="{epoch}", save_top_k=-1)] if path else []
-        run = trainer(max_epochs=epochs, callbacks=[unfreezing, monitor, *saving], enable_checkpointing=bool(path))
-        log = record(model)
+        options = {"max_epochs": epochs, "enable_checkpointing": bool(path)}
+        model = with_mixin(theirs, rules)() if way == "mixin" else theirs()
+        ours = [WeightDecayRules(rules)] if way == "callback" else []
+        run = trainer(callbacks=[unfreezing, log, *saving, *ours], **options)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*takes frozen parameters only.*")
             run.fit(model, ckpt_path=ckpt_path)
-        return model, run.optimizers[0], log.lrs, monitor
+        return model, run, log
 
-    def test_groups_that_are_added_get_the_rules(self):
-        model, optimizer, _, monitor = self.fit(3)
-        found = {tuple(group["param_names"]): group["weight_decay"] for group in optimizer.param_groups[-2:]}
-        assert found == {("backbone.0.bias",): 0.0, ("backbone.0.weight",): 0.1}
-        # The norms of the backbone were trainable from the start, under the same rule.
-        added = [model.backbone[0].weight]
-        assert monitor.history[-1]["decay/backbone_2/l2_norm"] == pytest.approx(float64_norm(added), rel=1e-6)
+    def expected(self, model):
+        return {
+            name: 0.0 if name.endswith("bias") else 0.1 if name.startswith("backbone") else 0.05
+            for name, _ in model.named_parameters()
+        }
 
-    def test_their_learning_rates_are_what_they_were(self):
-        _, _, expected, _ = self.fit(5, LitBackbone)
-        _, _, found, _ = self.fit(5)
-        assert found == expected
-        assert len({lrs["backbone.0.weight"] for lrs in expected if "backbone.0.weight" in lrs}) == 4
+    @both_ways
+    def test_what_a_finetuning_callback_adds(self, way):
+        _, _, without = self.finetune(4, "none")
+        model, run, log = self.finetune(4, way)
+        assert log.lrs == without.lrs
+        assert by_name(model, run.optimizers) == self.expected(model)
+        assert len(run.optimizers[0].param_groups) == 2
 
-    def test_resuming_such_a_run(self, tmp_path):
-        class SameStrengths(LitRulesBackbone):
-            decay_rules = {"*.bias": 0.3, "*": 0.3}
+    @both_ways
+    @pytest.mark.parametrize("stop", [1, 3])
+    def test_resumed_with_other_rules(self, way, stop, tmp_path):
+        self.finetune(stop, "none", path=tmp_path)
+        ckpt_path = tmp_path / f"epoch={stop - 1}.ckpt"
+        model, run, _ = self.finetune(4, way, path=tmp_path / "2", ckpt_path=ckpt_path)
+        assert by_name(model, run.optimizers) == self.expected(model)
 
-        resumed = {}
-        for model in (LitBackbone, SameStrengths):
-            path = tmp_path / model.__name__
-            self.fit(3, model, path=path)
-            resumed[model] = self.fit(5, model, path=path / "2", ckpt_path=path / "epoch=2.ckpt")
-        (theirs, _, expected, _), (ours, optimizer, lrs, _) = resumed.values()
-        assert lrs == expected
-        for name, parameter in theirs.named_parameters():
-            assert torch.equal(parameter, ours.get_parameter(name)), name
-        assert len(optimizer.param_groups) == 4
+    def test_own_optimizers_take_it_too_and_resume(self, tmp_path):
+        model, run, _ = self.finetune(3, "none", theirs=LitOwnBackbone, path=tmp_path)
+        assert by_name(model, run.optimizers) == self.expected(model)
 
-    def test_resuming_such_a_run_with_other_rules(self, tmp_path):
-        class Other(LitRulesBackbone):
+        class Other(LitOwnBackbone):
             decay_rules = {"*.bias": 0.0, "backbone.*": 0.7, "*": 0.05}
 
-        self.fit(3, path=tmp_path)
-        _, optimizer, _, _ = self.fit(4, Other, path=tmp_path / "2", ckpt_path=tmp_path / "epoch=2.ckpt")
-        assert next(g["weight_decay"] for g in optimizer.param_groups if g["name"].startswith("backbone")) == 0.7
+        model, run, _ = self.finetune(4, "none", theirs=Other, path=tmp_path / "2", ckpt_path=tmp_path / "epoch=2.ckpt")
+        assert by_name(model, run.optimizers)["backbone.0.weight"] == 0.7
+
+    @pytest.mark.parametrize("theirs", [LitBackbone, LitOwnBackbone])
+    @pytest.mark.parametrize("how", ["optimizer", "self.optimizers()"])
+    @pytest.mark.parametrize("key", ["params", "name"])
+    def test_what_a_model_adds_itself(self, theirs, how, key):
+        class Thawing(theirs):
+            def __init__(self):
+                super().__init__()
+                self.backbone.requires_grad_(False)
+
+            def on_train_epoch_start(self):
+                if self.current_epoch == 1:
+                    self.backbone.requires_grad_(True)
+                    optimizer = self.trainer.optimizers[0] if how == "optimizer" else self.optimizers()
+                    name = {"name": "late"} if key == "name" else {}
+                    optimizer.add_param_group({"params": list(self.backbone.parameters()), "lr": 0.01, **name})
+
+        way = "none" if theirs is LitOwnBackbone else "mixin"
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*takes frozen parameters only.*")
+            model, run = fit_with(way, Thawing, self.RULES, max_epochs=3)
+        assert by_name(model, run.optimizers) == self.expected(model)
+        assert by_name(model, run.optimizers, "lr")["backbone.0.weight"] == 0.01
 
     def test_a_finetuning_callback_of_ones_own(self):
         class Thaw(BaseFinetuning):
@@ -576,147 +758,198 @@ class TestFinetuning:
                     self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, lr=0.01)
 
         run = trainer(max_epochs=2, callbacks=[Thaw()])
-        run.fit(LitRulesBackbone())
-        assert [group["weight_decay"] for group in run.optimizers[0].param_groups] == [0.05, 0.0, 0.1, 0.1, 0.0]
-        assert [group["lr"] for group in run.optimizers[0].param_groups] == [0.1, 0.1, 0.1, 0.01, 0.01]
+        model = LitOwnBackbone()
+        run.fit(model)
+        assert by_name(model, run.optimizers) == self.expected(model)
+        assert [group["lr"] for group in run.optimizers[0].param_groups][-1] == 0.01
+
+    @both_ways
+    def test_a_head_that_is_added_while_training(self, way):
+        class Growing(LitBackbone):
+            def on_train_epoch_start(self):
+                if self.current_epoch == 1:
+                    self.head2 = nn.Linear(16, 10)
+                    self.trainer.optimizers[0].add_param_group({"params": list(self.head2.parameters())})
+
+        model, run = fit_with(way, Growing, self.RULES, max_epochs=3)
+        assert by_name(model, run.optimizers) == self.expected(model)
+
+    @both_ways
+    def test_parameters_that_nobody_trains_are_named(self, way):
+        class Forgetful(LitBackbone):
+            def on_train_epoch_start(self):
+                if self.current_epoch == 1:
+                    self.head2 = nn.Linear(16, 10)
+
+        with pytest.warns(UserWarning, match=r"'head2\.weight', 'head2\.bias' are trainable, but in no opt") as caught:
+            fit_with(way, Forgetful, self.RULES, max_epochs=3)
+        assert sum("in no optimizer" in str(warning.message) for warning in caught) == 1
 
 
-class RunsNoHooks(torch.optim.AdamW):
-    """As bitsandbytes' optimizers: a ``load_state_dict`` of its own, which takes groups as they stand."""
+class TestCallbacksOfLightning:
+    class Theirs(LitBase):
+        def __init__(self, lr=1e-3, batch_size=64):
+            super().__init__()
+            self.save_hyperparameters()
+            self.batch_size = batch_size
+            self.norm = nn.BatchNorm1d(16)
 
-    def load_state_dict(self, state_dict, move_to_device=True):
-        saved = copy.deepcopy(state_dict)
-        if len(saved["param_groups"]) != len(self.param_groups):
-            raise ValueError("loaded state dict has a different number of parameter groups")
-        params = [p for group in self.param_groups for p in group["params"]]
-        keys = [key for group in saved["param_groups"] for key in group["params"]]
-        state = {p: saved["state"][key] for p, key in zip(params, keys)}
-        groups = [{**new, "params": old["params"]} for old, new in zip(self.param_groups, saved["param_groups"])]
-        self.__setstate__({"state": state, "param_groups": groups})
+        def train_dataloader(self):
+            return digits_loader(256, self.batch_size)
+
+        def val_dataloader(self):
+            return digits_loader(64, self.batch_size)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr, weight_decay=0.1)
+
+    @both_ways
+    @pytest.mark.parametrize("lrs", [0.05, [0.05, 0.01]])
+    def test_weight_averaging(self, way, lrs):
+        class Theirs(self.Theirs):
+            def configure_optimizers(self):
+                return sgd(two_parts(self) if isinstance(lrs, list) else self.parameters())
+
+        def average():
+            return StochasticWeightAveraging(swa_lrs=lrs, swa_epoch_start=1, annealing_epochs=2)
+
+        expected, _ = fit_with("none", Theirs, None, average(), max_epochs=3)
+        model, _ = fit_with(way, Theirs, SAME, average(), max_epochs=3)
+        assert_same_weights(model, expected)
+
+    @both_ways
+    def test_a_schedule_over_a_run_with_weight_averaging(self, way):
+        log = Lrs()
+        average = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
+        fit_with(way, self.Theirs, {"*": LINEAR}, log, average, max_epochs=3)
+        found = [strengths["body.weight"] for strengths in log.strengths[:12]]
+        assert found == pytest.approx([1 - i / 12 for i in range(12)])
+
+    @both_ways
+    @pytest.mark.parametrize("schedule", [LINEAR, {"schedule": "follow_lr", "start": 0.1}])
+    def test_the_learning_rate_finder(self, way, schedule, tmp_path):
+        log = Lrs()
+        finder = LearningRateFinder(num_training_steps=10, early_stop_threshold=None)
+        options = {"max_epochs": 2, "default_root_dir": tmp_path}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*above the peak.*")  # in the trial
+            _model, _ = fit_with(way, self.Theirs, {"*": schedule}, finder, log, **options)
+        found = [strengths["body.weight"] for strengths in log.strengths[-8:]]
+        assert found == pytest.approx([1 - i / 8 for i in range(8)] if schedule is LINEAR else [0.1] * 8)
+
+    @both_ways
+    def test_the_batch_size_finder(self, way, tmp_path):
+        log = Lrs()
+        finder = BatchSizeFinder(mode="power", steps_per_trial=2, init_val=32, max_trials=1)
+        rules = {"*.bias": {**LINEAR, "epochs": 1}, "*": LINEAR}
+        _model, run = fit_with(way, self.Theirs, rules, finder, log, max_epochs=2, default_root_dir=tmp_path)
+        count = 2 * run.num_training_batches
+        found = [strengths["body.weight"] for strengths in log.strengths[-count:]]
+        assert found == pytest.approx([1 - i / count for i in range(count)])
+        assert log.strengths[-1]["body.bias"] == 0.0
+
+    @both_ways
+    def test_a_run_with_more_epochs(self, way, tmp_path):
+        rules = {"*": LINEAR}
+        _, run = fit_with(way, self.Theirs, rules, max_epochs=1)
+        run.save_checkpoint(tmp_path / "one.ckpt")
+        log = Lrs()
+        model = with_mixin(self.Theirs, rules)() if way == "mixin" else self.Theirs()
+        ours = [WeightDecayRules(rules)] if way == "callback" else []
+        trainer(max_epochs=4, callbacks=[log, *ours]).fit(model, ckpt_path=tmp_path / "one.ckpt")
+        found = [strengths["body.weight"] for strengths in log.strengths]
+        assert found == pytest.approx([1 - i / 16 for i in range(4, 16)])
+
+    @both_ways
+    def test_a_second_fit(self, way):
+        for epochs in (1, 2):
+            log = Lrs()
+            fit_with(way, TestOnce.Kept, {"*": LINEAR}, log, max_epochs=epochs)
+            found = [strengths["body.weight"] for strengths in log.strengths]
+            assert found == pytest.approx([1 - i / (4 * epochs) for i in range(4 * epochs)])
+
+    @both_ways
+    def test_manual_optimization_with_the_advice_of_the_error(self, way):
+        class Manual(self.Theirs):
+            automatic_optimization = False
+            given = None
+
+            def on_fit_start(self):
+                if self.given:
+                    schedule_weight_decay(self.optimizers(), total_steps=self.given)
+
+            def training_step(self, batch, batch_idx):
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(self.training_step_loss(batch))
+                optimizer.step()
+
+        with pytest.raises(ValueError, match=r"call lightning_regdecay\.schedule_weight_decay\(optimizer, total_steps"):
+            fit_with(way, Manual, {"*": LINEAR})
+        log = Lrs()
+        fit_with(way, type("Given", (Manual,), {"given": 4}), {"*": LINEAR}, log)
+        assert [strengths["body.weight"] for strengths in log.strengths] == [1.0, 0.75, 0.5, 0.25]
+
+    def test_a_callback_of_the_users_with_any_attributes(self):
+        class Mine(L.Callback):
+            scheduling = "cosine"
+
+        fit_with("callback", self.Theirs, {"*": LINEAR}, Mine())
 
 
-class GoesBackToTheGivenState(torch.optim.AdamW):
-    """As pytorch-optimizer's: what torch has loaded is put right by the state as it was given."""
+class TestCallback:
+    def test_mistakes_come_when_it_is_made_or_before_training(self):
+        with pytest.raises(ValueError, match="weight_decay must be a finite number"):
+            WeightDecayRules({"*": -1})
 
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
-            for parameter, key in zip(group["params"], saved["params"]):
-                self.state[parameter] = copy.deepcopy(state_dict["state"][key])
+    def test_not_strict(self):
+        with pytest.warns(UserWarning, match=r"rule 1 '\*\.bais' takes nothing"):
+            trainer(callbacks=[WeightDecayRules({"*.bais": 0.0}, decay_strict=False)]).fit(TestOnce.Kept())
 
+    @pytest.mark.parametrize("scheduler", [[], ["--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "2"]])
+    def test_lightning_cli_with_a_chosen_optimizer(self, scheduler, tmp_path):
+        callback = {"class_path": "lightning_regdecay.WeightDecayRules", "init_args": {"decay_rules": RULES}}
+        config = {"trainer": {"callbacks": [callback], "logger": False, "enable_checkpointing": False, "max_epochs": 3}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        args = ["--config", str(tmp_path / "config.yaml"), "--optimizer", "SGD", "--optimizer.lr", "0.1", *scheduler]
+        cli = LightningCLI(LitBase, args=args, run=False, save_config_callback=None)
+        cli.trainer.fit(cli.model)
+        (optimizer,) = cli.trainer.optimizers
+        assert in_force(optimizer) == {"rest": 0.05, "bias": 0.0, "norm": 0.01, "head": 0.001}
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 if scheduler else 0.1)
 
-class HasNoHooks(torch.optim.Optimizer):
-    """As the Lookahead of pytorch-optimizer and of torch_optimizer: an optimizer around another."""
+    @both_ways
+    def test_the_monitor_shows_the_rules(self, way, capsys, monkeypatch):
+        monkeypatch.setenv("COLUMNS", "120")
 
-    def __init__(self, inner):
-        self.inner, self.defaults = inner, inner.defaults
-        self.param_groups, self.state = inner.param_groups, {}
+        class Theirs(LitBase):
+            def configure_optimizers(self):
+                return sgd(two_parts(self))
 
+        monitor = WeightDecayMonitor()
+        model, _ = fit_with(way, Theirs, RULES, monitor)
+        table = capsys.readouterr().out
+        assert "*.bias" in table
+        assert "head.*" in table
+        record = monitor.history[-1]
+        assert record["decay/head/l2_norm"] == pytest.approx(float64_norm([model.head.weight]), rel=1e-6)
+        assert {key.split("/")[1] for key in record if key.endswith("l2_norm")} == {
+            "rest",
+            "0.bias",
+            "norm",
+            "1.bias",
+            "head",
+        }
 
-class SwitchedByAttribute(torch.optim.Optimizer):
-    """As adabelief-pytorch's: an option that is no option of a param group."""
+    def test_what_is_applied_by_hand_in_configure_optimizers(self):
+        class Theirs(LitBase):
+            def configure_optimizers(self):
+                optimizer = sgd(self.parameters())
+                apply_decay_rules(optimizer, self, {"*": DecayRule(0.5)})
+                return optimizer
 
-    def __init__(self, params, lr=0.1, weight_decay=0.0, decouple=True):
-        self.decouple = decouple
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                factor = group["lr"] if self.decouple else group["lr"] ** 2
-                p.data.mul_(1 - factor * group["weight_decay"])
-
-
-def steps(model, optimizer, numbers):
-    """Optimizer steps on digits, 64 at a time."""
-    pixels, classes = next(iter(digits_loader(256, 256)))
-    for number in numbers:
-        part = slice(64 * (number % 4), 64 * (number % 4) + 64)
-        optimizer.zero_grad()
-        model.training_step_loss([pixels[part], classes[part]]).backward()
-        optimizer.step()
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def assert_goes_on_over_other_groups(build):
-    """Stopped and resumed with other groups, each parameter with the λ that it had, a run ends as one that went on."""
-
-    class Two(WeightDecayMixin, LitBase):
-        decay_rules = {"*.bias": 0.0, "*": 0.3}
-
-        def build_optimizer(self, param_groups):
-            return build(param_groups)
-
-    class Three(Two):
-        decay_rules = {"head.weight": 0.3, "*.bias": 0.0, "*": 0.3}
-
-    model = Two()
-    optimizer = model.configure_optimizers()
-    steps(model, optimizer, range(5))
-    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    expected = steps(model, optimizer, range(5, 10))
-
-    resumed = Three()
-    resumed.load_state_dict(weights)
-    optimizer = resumed.configure_optimizers()
-    assert len(optimizer.param_groups) == 3
-    optimizer.load_state_dict(state)
-    found = steps(resumed, optimizer, range(5, 10))
-    assert all(map(torch.equal, found, expected))
-
-
-class TestOptimizersOfOthers:
-    @pytest.mark.parametrize("kind", [RunsNoHooks, GoesBackToTheGivenState])
-    def test_resume_over_other_groups_by_a_load_state_dict_of_their_own(self, kind):
-        assert_goes_on_over_other_groups(lambda groups: kind(groups, lr=0.01))
-
-    @pytest.mark.parametrize("strength", [0.1, {"schedule": "linear", "start": 0.1, "end": 0, "steps": 20}])
-    def test_one_that_takes_no_hooks_is_refused(self, strength):
-        class Ours(WeightDecayMixin, LitBase):
-            decay_rules = {"*": strength}
-
-            def build_optimizer(self, param_groups):
-                return HasNoHooks(torch.optim.AdamW(param_groups))
-
-        with pytest.raises(TypeError, match=r"HasNoHooks does not call torch\.optim\.Optimizer\.__init__"):
-            Ours().configure_optimizers()
-
-    @pytest.mark.parametrize("decouple", [True, False])
-    def test_a_timescale_sees_options_that_are_no_options_of_a_group(self, decouple):
-        class Ours(WeightDecayMixin, LitBase):
-            decay_rules = {"*": {"schedule": "timescale", "steps": 100}}
-
-            def build_optimizer(self, param_groups):
-                return SwitchedByAttribute(param_groups, decouple=decouple)
-
-        if decouple:
-            optimizer = Ours().configure_optimizers()
-            optimizer.step()
-            assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.1)
-        else:
-            with pytest.raises(ValueError, match="SwitchedByAttribute cannot have: a step without a gradient does not"):
-                Ours().configure_optimizers()
-
-    @pytest.mark.parametrize("kind", ["Lion", "AdaBelief", "Lamb", "SOAP", "ScheduleFreeAdamW"])
-    def test_those_of_pytorch_optimizer(self, kind):
-        build = getattr(pytest.importorskip("pytorch_optimizer"), kind)
-
-        class Ours(WeightDecayMixin, LitBase):
-            decay_rules = {"*.bias": 0.0, "*": {"schedule": "linear", "start": 0.1, "end": 0, "steps": 20}}
-
-            def build_optimizer(self, param_groups):
-                return build(param_groups, lr=0.01)
-
-        model, by_hand = Ours(), LitBase()
-        found = steps(model, model.configure_optimizers(), range(20))
-        names = dict(by_hand.named_parameters())
-        groups = [[p for n, p in names.items() if n.endswith(".bias") == biased] for biased in (True, False)]
-        optimizer = build([{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}], lr=0.01)
-        for step in range(20):
-            optimizer.param_groups[1]["weight_decay"] = 0.1 + (0 - 0.1) * (step / 20)
-            expected = steps(by_hand, optimizer, [step])
-        assert all(map(torch.equal, found, expected))
-        assert_goes_on_over_other_groups(lambda groups: build(groups, lr=0.01))
+        _, run = fit_with("none", Theirs, None)
+        assert in_force(run.optimizers[0]) == {"rest": 0.5}
 
 
 def test_a_published_model_trains_as_without_rules_of_other_strengths():
@@ -736,38 +969,15 @@ def test_a_published_model_trains_as_without_rules_of_other_strengths():
         time_varying_unknown_reals=["value"],
     )
 
-    class Ours(WeightDecayMixin, forecasting.NBeats):
-        decay_rules = {"*.bias": 0.1, "*": 0.1}
-
     def fit(kind, *callbacks):
         torch.manual_seed(0)
         lrs = [1e-2, 5e-3, 1e-3]
         model = kind.from_dataset(data, learning_rate=lrs, weight_decay=0.1, optimizer="adam", widths=[16, 16])
-        log = record(model)
-        trainer(max_epochs=3, limit_train_batches=3, callbacks=list(callbacks)).fit(
-            model, data.to_dataloader(train=True, batch_size=16)
-        )
-        return model, log.lrs
+        loader = data.to_dataloader(train=True, batch_size=16)
+        trainer(max_epochs=3, limit_train_batches=3, callbacks=list(callbacks)).fit(model, loader)
+        return model
 
-    theirs, lrs = fit(forecasting.NBeats)
-    for model, found in (fit(Ours), fit(forecasting.NBeats, WeightDecayRules({"*.bias": 0.1, "*": 0.1}))):
-        assert found == lrs
+    rules = {"*.bias": 0.1, "*": 0.1}
+    theirs = fit(forecasting.NBeats)
+    for model in (fit(with_mixin(forecasting.NBeats, rules)), fit(forecasting.NBeats, WeightDecayRules(rules))):
         assert all(map(torch.equal, model.parameters(), theirs.parameters()))
-
-
-def test_a_group_without_names_joins_an_optimizer_of_fabric_or_plain_pytorch():
-    class Lit(LitRules):
-        def __init__(self):
-            super().__init__()
-            self.late = nn.Linear(2, 2)
-            self.late.requires_grad_(False)
-
-    model = Lit()
-    optimizer = model.configure_optimizers()
-    optimizer.add_param_group({"params": model.late.parameters(), "lr": 0.5})
-    assert [(g["name"], g["weight_decay"], g["lr"]) for g in optimizer.param_groups[-2:]] == [
-        ("rest_2", 0.05, 0.5),
-        ("bias_2", 0.0, 0.5),
-    ]
-    assert members(build_decay_groups(model, RULES)).keys() == {"bias", "norm", "head", "rest"}
-    assert math.isclose(optimizer.param_groups[0]["lr"], 1e-3)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, SupportsIndex, overload
 
 from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names, problem_of
 from lightning_regdecay.groups.parameters import ModelParameter, model_parameters, original_shape
-from lightning_regdecay.optim.following import scheduled_param_group
-from lightning_regdecay.rules.names import unique_name
+from lightning_regdecay.rules.names import hint, unique_name
 from lightning_regdecay.rules.rules import DecayRule, DecayRules, classes_of, parse_rules, patterns_of
-from lightning_regdecay.rules.schedules import DecaySchedule
+from lightning_regdecay.rules.schedules import DecaySchedule, scheduled_param_group
 
+NAMES_KEY = "decay_params"
+"""Where a param group of ours holds the names of its parameters. Not in torch's own ``param_names``: beside groups that
+have these torch (2.6 to 2.13) takes none that has not."""
+
+ON_META = (
+    "group {group!r} holds parameters on the meta device, which no step would ever move; build the groups, and the "
+    "optimizer, after the model has its memory (after to_empty or configure_model)"
+)
 TABLE_HEADER = ("group", "rule", "tensors", "parameters", "weight_decay", "lr")
 _OWN = "optimizer's"
 
@@ -30,11 +37,13 @@ class DecayGroup:
         rule: the rule that took the parameters (the first, where several rules share the group), or None for the group
             ``default`` of what no rule took.
         params: parameter name to parameter, in the order of the model.
+        owners: parameter name to the module that owns it.
     """
 
     name: str
     rule: DecayRule | None
     params: Mapping[str, nn.Parameter]
+    owners: Mapping[str, nn.Module] = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         return (
@@ -53,51 +62,51 @@ class DecayGroup:
         return _OWN if self.rule is None else self.rule.strength_text
 
     def as_param_group(self, weight_decay: float | None = None) -> dict[str, Any]:
-        """The group as ``torch.optim.Optimizer`` takes it, with ``name`` and ``param_names`` beside the options.
+        """The group as ``torch.optim.Optimizer`` takes it, with its ``name`` and the names of its parameters.
 
         Args:
             weight_decay: the optimizer's own weight decay, which a rule with ``decay_mult`` multiplies. A group without
                 a rule has no ``weight_decay`` here, so that the optimizer fills in its own.
 
         Raises:
-            ValueError: for a rule with ``decay_mult``, where ``weight_decay`` is not given.
+            ValueError: for a rule with ``decay_mult``, where ``weight_decay`` is not given; for parameters on the meta
+                device in whose place the model has others by now.
 
         >>> groups = build_decay_groups(nn.Linear(2, 1), {"bias": 0.0})
         >>> [sorted(group.as_param_group()) for group in groups]
-        [['name', 'param_names', 'params', 'weight_decay'], ['name', 'param_names', 'params']]
+        [['decay_params', 'name', 'params', 'weight_decay'], ['decay_params', 'name', 'params']]
         """
-        group = {"params": list(self.params.values()), "param_names": list(self.params), "name": self.name}
-        if self.rule is None:
-            return group
-        strength = self.rule.weight_decay
-        if isinstance(strength, DecaySchedule):
-            return {**group, **scheduled_param_group(strength), **self.rule.options}
-        if self.rule.decay_mult is not None:
+        if any(p.is_meta and p is not _held(self.owners.get(name), name) for name, p in self.params.items()):
+            raise ValueError(ON_META.format(group=self.name))
+        group = self.as_param_group_of_own_strength()
+        if self.rule is not None and self.rule.decay_mult is not None:
             if weight_decay is None:
                 raise ValueError(
                     f"group {self.name!r} has decay_mult={self.rule.decay_mult:g}, a factor on the optimizer's own "
                     "weight decay, which is not known here; pass it: as_param_group(weight_decay=0.1)"
                 )
-            strength = self.rule.decay_mult * weight_decay
-        return {**group, "weight_decay": strength, **self.rule.options}
+            group["weight_decay"] = self.rule.decay_mult * weight_decay
+        return group
 
-
-class GroupPlace(NamedTuple):
-    """Where the rules put a parameter."""
-
-    name: str
-    """The name of the parameter."""
-    group: str
-    """The name of its group."""
-    rule: DecayRule | None
-    """The rule of the group, None where no rule takes the parameter."""
+    def as_param_group_of_own_strength(self) -> dict[str, Any]:
+        """The same without ``weight_decay`` where that is a factor on the optimizer's, on any device."""
+        group = {"params": list(self.params.values()), NAMES_KEY: list(self.params), "name": self.name}
+        if self.rule is None:
+            return group
+        strength = self.rule.weight_decay
+        if isinstance(strength, DecaySchedule):
+            group |= scheduled_param_group(strength)
+        elif strength is not None:
+            group["weight_decay"] = strength
+        # Copies, as torch's lr schedulers write into an lr that is a tensor.
+        return {**group, **copy.deepcopy(dict(self.rule.options))}
 
 
 class DecayGroups(list[DecayGroup]):
     """The groups of a model: a list that prints as a table and explains any one parameter."""
 
     def __init__(
-        self, groups: Iterable[DecayGroup], parameters: Sequence[ModelParameter], rules: Sequence[DecayRule]
+        self, groups: Iterable[DecayGroup], parameters: Sequence[ModelParameter], rules: tuple[DecayRule, ...]
     ) -> None:
         super().__init__(groups)
         self._parameters = parameters
@@ -106,30 +115,45 @@ class DecayGroups(list[DecayGroup]):
     def __str__(self) -> str:
         return format_table(TABLE_HEADER, self.rows())
 
-    def rule_text(self, group: DecayGroup) -> str:
-        """The selectors of the rule, or rules, that a group is made of."""
-        return " ; ".join(rule.selector_text for rule in self._rules if rule.group == group.name) or "(no rule)"
+    @overload
+    def __getitem__(self, key: SupportsIndex | str) -> DecayGroup: ...
 
-    @functools.cached_property
-    def by_parameter(self) -> dict[nn.Parameter, GroupPlace]:
-        """Where the rules put every parameter of the model, frozen ones included."""
-        matchers = [Matcher(rule) for rule in self._rules]
-        rules = {str(rule.group): rule for rule in reversed(self._rules)}
-        default = unique_name("default", rules)
-        groups = {parameter: group.name for group in self for parameter in group.params.values()}
-        places = {}
-        for p, taker in zip(self._parameters, first_takers(matchers, self._parameters)):
-            taken = default if taker is None else str(self._rules[taker].group)
-            name = groups.get(p.parameter, taken)  # where it was put, should a predicate have changed its mind
-            places[p.parameter] = GroupPlace(p.name, name, rules.get(name))
-        return places
+    @overload
+    def __getitem__(self, key: slice) -> list[DecayGroup]: ...
+
+    def __getitem__(self, key: Any) -> Any:
+        """A group by its name, or by its number as in any list."""
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        for group in self:
+            if group.name == key:
+                return group
+        raise KeyError(f"no group is called {key!r}; {hint(key, self.names)}")
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the groups, in order."""
+        return [group.name for group in self]
+
+    @property
+    def rules(self) -> tuple[DecayRule, ...]:
+        """The rules that the groups were built by, in order."""
+        return self._rules
+
+    def as_param_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
+        """The groups as ``torch.optim.Optimizer`` takes them, see :meth:`DecayGroup.as_param_group`."""
+        return [group.as_param_group(weight_decay) for group in self]
+
+    def text_of(self, name: str) -> str:
+        """The selectors of the rule, or rules, that a group is made of."""
+        return " ; ".join(rule.selector_text for rule in self._rules if rule.group == name) or "(no rule)"
 
     def rows(self) -> list[list[str]]:
         """The cells of the table, a row per group and one for all."""
         rows = []
         for group in self:
             lr = group.rule.options.get("lr", _OWN) if group.rule else _OWN
-            text = self.rule_text(group)
+            text = self.text_of(group.name)
             rows.append(table_row(group.name, text, group.params.values(), group.strength_text, lr))
         return [*rows, total_row(parameter for group in self for parameter in group.params.values())]
 
@@ -150,10 +174,13 @@ class DecayGroups(list[DecayGroup]):
         """
         if not isinstance(name, str):
             raise TypeError(f"name must be the name of a parameter (text), got {type(name).__name__}")
-        parameter = next((p for p in self._parameters if name in p.names), None)
-        if parameter is None:
+        found = [p for p in self._parameters if name in p.names]
+        if not found:
             names = [known for p in self._parameters for known in p.names]
             raise KeyError(f"the model has no parameter {name!r}; nearest: {listed(nearest_names(name, names))}")
+        return "\n".join(map(self._explain, found))  # of a weight that is made of two tensors, both
+
+    def _explain(self, parameter: ModelParameter) -> str:
         owners = sorted({type(place.module).__name__ for place in parameter.places})
         head = f"{' = '.join(parameter.names)} ({parameter.ndim} dimensions, in {', '.join(owners)})"
         group = next((g for g in self if parameter.name in g.params), None)
@@ -217,11 +244,27 @@ def build_decay_groups(module: nn.Module, rules: DecayRules, *, strict: bool = T
     names = [str(rule.group) for rule in parsed]
     default = unique_name("default", names)
     members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in [*names, default]}
+    owners: dict[str, dict[str, nn.Module]] = {name: {} for name in members}
     for parameter, index in zip(trainable, taken_by):
-        members[default if index is None else names[index]][parameter.name] = parameter.parameter
+        name = default if index is None else names[index]
+        members[name][parameter.name] = parameter.parameter
+        owners[name][parameter.name] = parameter.module
     first_rule = dict(zip(reversed(names), reversed(parsed)))
-    groups = [DecayGroup(name, first_rule.get(name), params) for name, params in members.items() if params]
+    groups = [
+        DecayGroup(name, first_rule.get(name), params, owners[name]) for name, params in members.items() if params
+    ]
     return DecayGroups(groups, parameters, parsed)
+
+
+def _held(owner: nn.Module | None, name: str) -> nn.Parameter | None:
+    """The parameter that a module holds under a name by now."""
+    if owner is None:
+        return None
+    _, part, inside = name.rpartition("parametrizations.")
+    try:
+        return owner.get_parameter(part + inside if part else name.rpartition(".")[2])
+    except AttributeError:
+        return None
 
 
 def _review(

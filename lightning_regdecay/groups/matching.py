@@ -264,27 +264,51 @@ def _pattern_hint(pattern: str, names: Sequence[str]) -> str:
         for candidate in (pattern.strip(), f"*{pattern}", f"{pattern}*", f"*{pattern}*"):
             if any(map(compile_pattern(candidate), names)):
                 return f"the whole name must match: did you mean {candidate!r}?"
+        literal = pattern.replace("[", "[[]")
+        if literal != pattern and any(map(compile_pattern(literal), names)):
+            return f"a bracket in a glob stands for a class of characters: did you mean {literal!r}?"
         if any(character in pattern for character in "|,{"):
             return "a glob knows no alternatives: write a list of patterns, or a regular expression after 're:'"
     return f"nearest: {listed(nearest_names(pattern, names))}"
 
 
 def nearest_names(pattern: str, names: Sequence[str]) -> list[str]:
-    """Up to three parameter names that resemble a pattern as a whole or, like ``haed.*``, in a part of it.
+    """Up to three parameter names that resemble a pattern, part by part of the path; the first names where none does.
 
     >>> nearest_names("haed.*", ["body.weight", "head.weight", "head.bias"])
-    ['head.weight']
+    ['head.weight', 'head.bias']
+    >>> nearest_names("encoder.layer.0.*", ["encoder.norm.weight", "layers.1.weight", "layers.0.weight"])
+    ['layers.0.weight']
     """
-    text = literal_text(pattern)
-    length = text.count(".") + 1
-    parts: dict[str, str] = {}
+    wanted = tuple(literal_text(pattern).split("."))
+    alike = functools.cache(_resemblance)
+    best: dict[tuple[str, ...], float] = {}
+    scores = []
     for name in names[:_MOST_NAMES]:
-        parts.setdefault(name, name)
-        path = name.split(".")
-        for start in range(len(path) - length + 1):
-            parts.setdefault(".".join(path[start : start + length]), name)
-    close = difflib.get_close_matches(text, parts, n=3)
-    return list(dict.fromkeys(parts[part] for part in close)) or list(names[:3])
+        path = tuple(name.split("."))
+        if path not in best:
+            best[path] = _aligned(wanted, path, alike)
+        scores.append((best[path], name))
+    close = sorted((score for score in dict.fromkeys(scores) if score[0] >= _ALIKE), key=lambda score: -score[0])
+    return [name for _, name in close[:3]] or list(names[:3])
+
+
+_ALIKE = 0.5
+
+
+def _aligned(wanted: tuple[str, ...], path: tuple[str, ...], alike: Callable[[str, str], float]) -> float:
+    """How much of the parts that are wanted a path has, in their order: 1 for all."""
+    row = [0.0] * (len(path) + 1)
+    for part in wanted:
+        above = row
+        row = [0.0]
+        for number, other in enumerate(path, start=1):
+            row.append(max(row[-1], above[number], above[number - 1] + alike(part, other)))
+    return row[-1] / len(wanted)
+
+
+def _resemblance(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 def listed(items: Iterable[object], separator: str = ", ") -> str:

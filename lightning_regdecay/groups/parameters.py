@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -19,14 +19,18 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_WRAPPED = {
-    "_orig_mod",  # torch.compile
-    "_checkpoint_wrapped_module",  # activation checkpointing
-    "_fsdp_wrapped_module",  # FSDP1
-    "_forward_module",  # lightning.fabric, what Fabric.setup returns
-    "_original_module",  # the same: it holds the model twice
-}
-"""The attributes under which wrappers hold the user's module: no part of a parameter's name."""
+_WRAPPERS = (
+    {"_orig_mod"},  # torch.compile
+    {"_checkpoint_wrapped_module"},  # activation checkpointing
+    {"_fsdp_wrapped_module"},  # FSDP1
+    {"_forward_module"},  # lightning.fabric, what Fabric.setup returns
+    {"_forward_module", "_original_module"},  # the same, which holds the model twice
+)
+"""The attributes under which wrappers hold the user's module, and nothing else: no part of a parameter's name."""
+_WRAPPED = set().union(*_WRAPPERS)
+_MOST_OTHER_PATHS = 50_000
+"""Modules that are gone through again to find other names of what is shared. A graph of shared modules has more paths
+than could be listed."""
 
 _LISTS = frozenset({"no_weight_decay", "no_weight_decay_keywords"})
 """The methods by which vision models list what is not to decay: names of parameters, or globs; parts of names."""
@@ -77,8 +81,8 @@ def model_parameters(module: nn.Module) -> list[ModelParameter]:
         module: any module, on any device (the meta device included), wrapped or not.
 
     Raises:
-        ValueError: for a lazy parameter, which has no shape yet, and for a model under FSDP1 that keeps only flat
-            parameters (``use_orig_params=False``).
+        ValueError: for a lazy parameter, which has no shape yet, for a model under FSDP1 that keeps only flat
+            parameters (``use_orig_params=False``), and for two parameters of one name.
 
     >>> layer = nn.Linear(2, 2)
     >>> [p.names for p in model_parameters(nn.Sequential(layer, nn.ReLU(), layer))]
@@ -92,9 +96,16 @@ def model_parameters(module: nn.Module) -> list[ModelParameter]:
             tied.setdefault(id(place.parameter), {}).setdefault(place.name, place)
     for key, places in tied.items():
         known[key] = known[key]._replace(tied=tuple(places.values()))
+    by_name: dict[str, ModelParameter] = {}
     for parameter in known.values():
         if not _is_plain(parameter.parameter):
             _refuse_without_shape(parameter)
+        if by_name.setdefault(parameter.name, parameter) is not parameter:
+            raise ValueError(
+                f"two parameters of {type(module).__name__} come to the name {parameter.name!r}, one in "
+                f"{type(by_name[parameter.name].module).__name__} and one in {type(parameter.module).__name__}; rename "
+                "one of the attributes"
+            )
     return list(known.values())
 
 
@@ -120,46 +131,121 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
+def without_wrappers(module: nn.Module) -> nn.Module:
+    """The user's module inside what ``torch.compile``, DDP, Fabric and the like have put around it."""
+    while True:
+        inside = next(
+            (child for name, child in module._modules.items() if child is not None and _is_wrapped(module, name)), None
+        )
+        if inside is None:
+            return module
+        module = inside
+
+
+class _Path(NamedTuple):
+    """Where a module was come to."""
+
+    name: str
+    """Its name with a dot at its end, wrappers left out; empty for the model."""
+    family: str
+    above: tuple[nn.Module, ...]
+    lister: _Lister | None
+
+
 def _places(module: nn.Module) -> list[ModelParameter]:
     """Every parameter in every place, in the order of ``named_parameters``; no module is entered inside itself."""
-    places: list[ModelParameter] = []
-    class_lists: dict[type, bool] = {}  # models have few classes
-    family_of = functools.cache(_family)  # of parts of names, which repeat
+    walk = _Walk()
+    walk.visit(module, _Path("", "", (), None), None)
+    return walk.places
 
-    def lists(module: nn.Module) -> bool:
-        # Of the class or the instance; getattr would ask torch's __getattr__, which is slow where there is nothing.
-        cls = type(module)
-        if cls not in class_lists:
-            class_lists[cls] = any(hasattr(cls, method) for method in _LISTS)
-        return class_lists[cls] or not _LISTS.isdisjoint(module.__dict__)
 
-    def visit(module: nn.Module, path: str, family: str, above: tuple[nn.Module, ...], lister: _Lister | None) -> None:
-        if lister is None and lists(module):
-            lister = module, path
-        if isinstance(module, ParametrizationList):
-            owner = above[-2] if len(above) > 1 else module
-            for original, name in _originals(module, path):
-                places.append(ModelParameter(original, name, owner, _family(name), lister))
+class _Walk:
+    """A way through the modules of a model.
+
+    What is under a module is gone through once; again, by another path, only for the other names.
+    """
+
+    def __init__(self) -> None:
+        self.places: list[ModelParameter] = []
+        self._entered: set[int] = set()
+        self._other_paths = 0
+        self._class_lists: dict[type, bool] = {}  # models have few classes
+        self._family_of = functools.cache(_family)  # of parts of names, which repeat
+        self._reports_by_itself: Any = functools.cache(_reports_by_itself)
+
+    def visit(self, module: nn.Module, path: _Path, again: dict[int, int] | None) -> None:
+        """Note the places under a module.
+
+        Args:
+            module: the module.
+            path: how it was come to.
+            again: how often modules were entered on this other path; None on the first.
+        """
+        if again is None:
+            self._entered.add(id(module))
         else:
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    places.append(ModelParameter(parameter, path + name, module, family + family_of(name), lister))
-        if not module._modules:
-            return
-        _remember_flattened_by(module)
-        wrapper = _is_wrapper(module)
-        around = (*above, module)
+            self._other_paths += 1
+            again[id(module)] = again.get(id(module), 0) + 1
+            if self._other_paths > _MOST_OTHER_PATHS or again[id(module)] > 4:
+                return
+        if path.lister is None and self._lists(module):
+            path = path._replace(lister=(module, path.name))
+        before = len(self.places)
+        self.places.extend(_own_places(module, path, self._family_of))
+        children = module._modules
+        if len(children):
+            _remember_flattened_by(module)
+        around = (*path.above, module)
         # named_children() leaves out a module that is there twice.
-        for name, child in module._modules.items():
+        for name, child in children.items():
             if child is None or child in around:
                 continue
-            if wrapper:
-                visit(child, path, family, around, lister)
+            if _is_wrapped(module, name):
+                inner = path._replace(above=around)
             else:
-                visit(child, f"{path}{name}.", f"{family}{family_of(name)}.", around, lister)
+                family = f"{path.family}{self._family_of(name)}."
+                inner = _Path(f"{path.name}{name}.", family, around, path.lister)
+            is_first = again is None and id(child) not in self._entered
+            self.visit(child, inner, None if is_first else {} if again is None else again)
+        if self._reports_by_itself(type(module)):
+            self.places[before:] = _as_reported(module, path, self.places[before:])
 
-    visit(module, "", "", (), None)
-    return places
+    def _lists(self, module: nn.Module) -> bool:
+        # Of the class or the instance; getattr would ask torch's __getattr__, which is slow where there is nothing.
+        cls = type(module)
+        if cls not in self._class_lists:
+            self._class_lists[cls] = any(hasattr(cls, method) for method in _LISTS)
+        return self._class_lists[cls] or not _LISTS.isdisjoint(module.__dict__)
+
+
+def _reports_by_itself(cls: Any) -> bool:
+    """Whether a class of the user's has a ``named_parameters`` of its own."""
+    owner = next(base for base in cls.__mro__ if "named_parameters" in vars(base))
+    return not owner.__module__.startswith("torch.")
+
+
+def _as_reported(module: nn.Module, path: _Path, places: list[ModelParameter]) -> list[ModelParameter]:
+    """What a module says that it has, under the names that it says, and then in the places where it was found."""
+    reported: list[ModelParameter] = []
+    for name, parameter in module.named_parameters():
+        full = path.name + plain_name(name)
+        found = [place for place in places if place.parameter is parameter]
+        first = found[0] if found else ModelParameter(parameter, full, module, _family(full), path.lister)
+        reported += [first._replace(name=full, family=_family(full)), *(p for p in found if p.name != full)]
+    return reported
+
+
+def _own_places(module: nn.Module, path: _Path, family_of: Callable[[str], str]) -> list[ModelParameter]:
+    """The parameters that a module has itself."""
+    if isinstance(module, ParametrizationList):
+        owner = path.above[-2] if len(path.above) > 1 else module
+        originals = _originals(module, path.name)
+        return [ModelParameter(p, name, owner, _family(name), path.lister) for p, name in originals]
+    return [
+        ModelParameter(parameter, path.name + name, module, path.family + family_of(name), path.lister)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
 
 
 _ONE_DIGIT = str.maketrans("123456789", "000000000")
@@ -169,11 +255,11 @@ def _family(name: str) -> str:
     return name.translate(_ONE_DIGIT)
 
 
-def _is_wrapper(module: nn.Module) -> bool:
-    """Whether a module was put around the user's and holds nothing else."""
-    return isinstance(module, (DataParallel, DistributedDataParallel)) or (
-        not module._parameters and bool(module._modules) and module._modules.keys() <= _WRAPPED
-    )
+def _is_wrapped(module: nn.Module, name: str) -> bool:
+    """Whether a child is the user's module, and the module around it a wrapper."""
+    if isinstance(module, (DataParallel, DistributedDataParallel)):
+        return name == "module"
+    return name in _WRAPPED and not len(module._parameters) and set(module._modules.keys()) in _WRAPPERS
 
 
 def _originals(parametrizations: ParametrizationList, path: str) -> Iterator[tuple[nn.Parameter, str]]:

@@ -1,17 +1,24 @@
-"""Learning rate schedulers, whose lists have an entry per param group, when the groups change."""
+"""Learning rate schedulers of torch, whose lists have an entry per param group, when the groups have changed."""
 
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim import lr_scheduler
 
-PER_GROUP = re.compile(r"(lr|lrs|momentums?|betas?|lambdas?|values)$")
-"""Names of lists with an entry per param group."""
+_PER_GROUP: dict[type, tuple[str, ...]] = {
+    lr_scheduler.LRScheduler: ("base_lrs", "_last_lr"),
+    lr_scheduler.LambdaLR: ("lr_lambdas",),
+    lr_scheduler.MultiplicativeLR: ("lr_lambdas",),
+    lr_scheduler.CyclicLR: ("max_lrs", "base_momentums", "max_momentums"),
+    lr_scheduler.ReduceLROnPlateau: ("min_lrs",),
+}
+"""What torch's classes (2.6 to 2.13) hold with an entry per param group. All else goes through as it is: what a user's
+own scheduler holds may be a pair, or a list over time."""
 
 
 @dataclass
@@ -24,37 +31,40 @@ class CarriedGroups:
     """How many param groups the checkpoint has."""
 
 
-def expanded(values: Mapping[str, Any], parents: Sequence[int]) -> dict[str, Any]:
-    """Those of the values that have an entry per param group, with one for each part of the groups.
+def carry_lr_scheduler(scheduler: Any, carried: CarriedGroups) -> list[Callable[[], None]]:
+    """Let the state of an lr scheduler follow the groups.
 
-    >>> expanded({"max_lr": [0.1, 0.2], "milestones": [3, 5]}, parents=[0, 0, 1])
-    {'max_lr': [0.1, 0.1, 0.2]}
+    Returns:
+        What makes it as it was.
     """
-    return {
-        name: type(value)(value[parent] for parent in parents)
-        for name, value in values.items()
-        if type(value) in (list, tuple) and len(value) == parents[-1] + 1 and PER_GROUP.search(name)
-    }
-
-
-def expand_attributes(scheduler: Any, parents: Sequence[int]) -> None:
-    """Give a scheduler, and those inside it, an entry for each part that the param groups were cut into."""
-    vars(scheduler).update(expanded(vars(scheduler), parents))
-    for inner in getattr(scheduler, "_schedulers", []):  # of SequentialLR and ChainedScheduler
-        expand_attributes(inner, parents)
-
-
-def carry_lr_scheduler(scheduler: Any, optimizer: Optimizer, carried: CarriedGroups) -> None:
-    """Let the state of an lr scheduler, whose lists have an entry per param group, follow the groups."""
     # Partials, which are copied and pickled with the scheduler.
-    scheduler.load_state_dict = functools.partial(_load_regrouped, scheduler, optimizer, carried)
-    scheduler.state_dict = functools.partial(_state_dict, scheduler)
+    load = functools.partial(_load_regrouped, scheduler, carried)
+    save = functools.partial(_state_dict, scheduler)
+    return [set_on_instance(scheduler, "load_state_dict", load), set_on_instance(scheduler, "state_dict", save)]
 
 
-def _load_regrouped(
-    scheduler: Any, optimizer: Optimizer, carried: CarriedGroups, state_dict: Mapping[str, Any]
-) -> None:
-    regrouped = _regrouped(scheduler, state_dict, optimizer.param_groups, carried)
+def set_on_instance(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Put a value over a method of the class.
+
+    Returns:
+        What takes it away again, unless another has come over it.
+    """
+    reference, before = weakref.ref(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+
+    def undo() -> None:
+        owner = reference()
+        if owner is not None and vars(owner).get(name) is value:
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+    return undo
+
+
+def _load_regrouped(scheduler: Any, carried: CarriedGroups, state_dict: Mapping[str, Any]) -> None:
+    regrouped = _regrouped(scheduler, state_dict, scheduler.optimizer.param_groups, carried)
     type(scheduler).load_state_dict(scheduler, regrouped)
 
 
@@ -69,21 +79,23 @@ def _regrouped(
 ) -> dict[str, Any]:
     """The state of an lr scheduler with its lists in the order of today's param groups."""
     regrouped = dict(state_dict)
-    for key, value in state_dict.items():
-        if key == "_schedulers":  # of SequentialLR and ChainedScheduler
-            inner = zip(scheduler._schedulers, value)
-            regrouped[key] = [_regrouped(scheduler, state, groups, carried) for scheduler, state in inner]
-        elif isinstance(value, (list, tuple)) and PER_GROUP.search(key):
-            if carried.sources is None:
-                if len(value) != len(groups):
-                    raise ValueError(
-                        f"the state of {type(scheduler).__name__} in the checkpoint is of {len(value)} param groups, "
-                        f"today there are {len(groups)}; load the state of the optimizer first, which tells how they "
-                        "belong together"
-                    )
-            elif len(value) == carried.saved_count:
-                new = [group["lr"] for group in groups] if key == "_last_lr" else getattr(scheduler, key)
-                entries = [new[i] if source is None else value[source] for i, source in enumerate(carried.sources)]
-                # Functions are not saved: in the state of a LambdaLR, None is in the place of each.
-                regrouped[key] = [None if callable(entry) else entry for entry in entries]
+    if "_schedulers" in state_dict:  # of SequentialLR and ChainedScheduler
+        inner = zip(getattr(scheduler, "_schedulers", ()), state_dict["_schedulers"])
+        regrouped["_schedulers"] = [_regrouped(one, state, groups, carried) for one, state in inner]
+    for key in [key for cls in type(scheduler).__mro__ for key in _PER_GROUP.get(cls, ())]:
+        value = state_dict.get(key)
+        if not isinstance(value, (list, tuple)):
+            continue
+        if carried.sources is None:
+            if len(value) != len(groups):
+                raise ValueError(
+                    f"the state of {type(scheduler).__name__} in the checkpoint is of {len(value)} param groups, today "
+                    f"there are {len(groups)}; load the state of the optimizer first, which tells how they belong "
+                    "together"
+                )
+        elif len(value) == carried.saved_count:
+            new = [group["lr"] for group in groups] if key == "_last_lr" else getattr(scheduler, key)
+            entries = [new[i] if source is None else value[source] for i, source in enumerate(carried.sources)]
+            # Functions are not saved: in the state of a LambdaLR, None is in the place of each.
+            regrouped[key] = [None if callable(entry) else entry for entry in entries]
     return regrouped

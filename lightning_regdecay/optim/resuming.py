@@ -9,64 +9,68 @@ import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_regdecay.groups.matching import listed
 from lightning_regdecay.groups.parameters import ModelParameter, model_parameters
-from lightning_regdecay.optim.following import watch_for_unfollowed_schedules
-from lightning_regdecay.optim.lr_schedulers import CarriedGroups, carry_lr_scheduler
+from lightning_regdecay.optim.holders import unwrapped, with_held
+from lightning_regdecay.optim.lr_schedulers import CarriedGroups, carry_lr_scheduler, set_on_instance
 from lightning_regdecay.optim.saved_states import (
+    IDENTITY_KEYS,
     SavedState,
     first_names,
     groups_in_file,
     groups_in_folder,
+    names_in,
     read_state,
     saved_names,
 )
-from lightning_regdecay.optim.unnamed import IDENTITY_KEYS, fits, same, shaped
+from lightning_regdecay.optim.strengths import TELLS_NO_STEPS, as_number
+from lightning_regdecay.optim.unnamed import fits, same, shaped
 from lightning_regdecay.rules.schedules import PEAK_KEY, STEP_KEY, STRENGTH_KEYS, strength_of, strength_text
-
-WeightDecayFrom = Literal["rules", "checkpoint"]
 
 SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 """What torch's lr schedulers write into param groups."""
-FLAGS = {PEAK_KEY, "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
+FLAGS = {"foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
 """Options that came to torch's optimizers over time, so that checkpoints of older versions lack them."""
+_NOT_CARRIED = IDENTITY_KEYS | STRENGTH_KEYS | {PEAK_KEY, "decay_added"}
+"""What is not taken from a checkpoint, or not as an option: ``decay_added`` is of version 0.1."""
 _MOST_NAMED = 8  # parameters in a message
+
+_carriers: weakref.WeakKeyDictionary[Any, weakref.ref[_Carrier]] = weakref.WeakKeyDictionary()
+"""Kept by the hooks of each optimizer."""
 
 
 def resume_by_name(
-    optimizer: Optimizer,
-    model: nn.Module,
-    *,
-    lr_scheduler: Any = None,
-    weight_decay: WeightDecayFrom = "rules",
-    checkpoint: str | Path | None = None,
+    optimizer: Optimizer, model: nn.Module, *, lr_scheduler: Any = None, checkpoint: str | Path | None = None
 ) -> None:
     """Let ``optimizer.load_state_dict`` give every parameter its own state, also where the groups have changed.
 
-    The mixin does it by itself. Elsewhere (Fabric, plain PyTorch) call it once, before the state is loaded. By name,
-    every parameter keeps its state (momentum, second moment, step), its lr and the other options of its group, and its
-    place in the lr scheduler. What the checkpoint does not have, and what of it is not used, is named in a warning.
-    Checkpoints without parameter names are read in the order of ``model.parameters()``.
+    The mixin does it by itself. Elsewhere (Fabric, plain PyTorch) call it once, before the state is loaded, for an
+    optimizer that you built over decay groups. By name, every parameter keeps its state (momentum, second moment,
+    step), its lr and the other options of its group, and its place in the lr scheduler; λ is that of the rules. What
+    the checkpoint does not have, and what of it is not used, is named in a warning. Checkpoints without parameter names
+    are read in the order of ``model.parameters()``.
 
     Args:
         optimizer: over ``group.as_param_group()`` of decay groups, or with ``param_names`` in each param group.
         model: the model that the groups were built over.
-        lr_scheduler: of torch, or another with such lists of an entry per group; load its state after the optimizer's.
-        weight_decay: whose λ goes on where they differ: that of the rules, or that of the checkpoint.
+        lr_scheduler: of torch, or another; of one that is not torch's the state is loaded as it is. Load its state
+            after the optimizer's.
         checkpoint: the folder that the state will be loaded from, where ``torch.distributed.checkpoint`` loads it (its
             ``get_optimizer_state_dict``, ``load`` and ``set_optimizer_state_dict``, as for sharded parameters).
 
     Raises:
-        ValueError: for another ``weight_decay``; later, when a state is loaded and before anything is changed, for a
-            state that cannot be carried over: that of another optimizer, one without names that fits the model in no
-            way or in several, or one where a group joins parameters that had different options.
+        TypeError: for an optimizer that takes no hooks.
+        ValueError: later, when a state is loaded and before anything is changed, for a state that cannot be carried
+            over: that of another optimizer, one without names that fits the model in no way or in several, or one where
+            a group joins parameters that had different options.
 
     >>> net = nn.Linear(2, 1)
     >>> before = torch.optim.AdamW(net.parameters(), weight_decay=0.1)
@@ -80,18 +84,16 @@ def resume_by_name(
     >>> [group["weight_decay"] for group in today.param_groups]
     [0.0, 0.5]
     """
-    lr_schedulers = [] if lr_scheduler is None else [lr_scheduler]
-    carry_over_by_name(optimizer, model, lambda: lr_schedulers, weight_decay, lambda: checkpoint)
+    given = [] if lr_scheduler is None else [weakref.ref(lr_scheduler)]
+    carry_over_by_name(unwrapped(optimizer), model, lambda: [ref() for ref in given], lambda: checkpoint, lambda: 0)
 
 
 def carry_over_by_name(
-    optimizer: Optimizer,
+    optimizer: Any,
     model: nn.Module,
     lr_schedulers: Callable[[], Iterable[Any]],
-    weight_decay: WeightDecayFrom,
     checkpoint: Callable[[], str | Path | None],
-    steps_done: Callable[[], int] = lambda: 0,
-    before: Callable[[], None] = lambda: None,
+    steps_done: Callable[[], int],
 ) -> None:
     """As :func:`resume_by_name`, for a caller that will know more.
 
@@ -99,63 +101,76 @@ def carry_over_by_name(
         optimizer: as there.
         model: as there.
         lr_schedulers: tells which lr schedulers the optimizer has, now and when a state is loaded.
-        weight_decay: as there.
         checkpoint: tells where the checkpoint lies that is being loaded, where that is needed.
         steps_done: tells how many optimizer steps the run has done.
-        before: is called when a state is about to be loaded.
     """
-    if weight_decay not in ("rules", "checkpoint"):
-        raise ValueError(
-            "the weight decay that goes on in a resumed run is that of the 'rules' or of the 'checkpoint', got "
-            f"{weight_decay!r}"
-        )
-    if weight_decay == "checkpoint":  # which may bring schedules along
-        watch_for_unfollowed_schedules()
-    carried: set[int] = set()
-
-    def carry_lr_schedulers() -> None:
-        for scheduler in lr_schedulers():
-            if hasattr(scheduler, "load_state_dict") and id(scheduler) not in carried:
-                carried.add(id(scheduler))
-                carry_lr_scheduler(scheduler, optimizer, carrier.carried)
-
-    def before_loading() -> None:
-        before()
-        carry_lr_schedulers()
-
-    carrier = _Carrier(model, weight_decay, checkpoint, steps_done, before_loading)
-    carry_lr_schedulers()
-    if not hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):  # as pytorch-optimizer's (4.1) Lookahead
+    target = next((one for one in with_held(optimizer) if hasattr(one, "_optimizer_load_state_dict_pre_hooks")), None)
+    if target is None:  # as pytorch-optimizer's (4.1) Lookahead, which has one inside
         raise TypeError(
             f"{type(optimizer).__name__} does not call torch.optim.Optimizer.__init__, so it takes no hooks when a "
             "state is loaded and cannot be resumed by parameter name; use the optimizer inside it, or another"
         )
-    optimizer.register_load_state_dict_pre_hook(carrier.before_loading)
-    optimizer.register_state_dict_post_hook(carrier.after_saving)
-    if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
-        # bitsandbytes (0.50) runs no hooks there, and pytorch-optimizer (4.1) goes back to the state before them.
-        optimizer.load_state_dict = functools.partial(carrier.load, optimizer)  # type: ignore[method-assign]
+    stop_carrying(target)
+    carrier = _Carrier(target, model, lr_schedulers, checkpoint, steps_done)
+    _carriers[target] = weakref.ref(carrier)
+    carrier.hang_on()
+
+
+def stop_carrying(optimizer: Any) -> None:
+    """Let an optimizer, and its lr schedulers, load states as torch's do."""
+    for one in with_held(optimizer):
+        reference = _carriers.pop(one, None)
+        carrier = None if reference is None else reference()
+        if carrier is not None:
+            carrier.let_go()
 
 
 class _Carrier:
-    """Translates the states of one optimizer, and of its lr scheduler, when they are loaded."""
+    """Translates the states of one optimizer, and of its lr schedulers, when they are loaded."""
 
     def __init__(
         self,
+        optimizer: Any,
         model: nn.Module,
-        weight_decay: WeightDecayFrom,
+        lr_schedulers: Callable[[], Iterable[Any]],
         checkpoint: Callable[[], str | Path | None],
         steps_done: Callable[[], int],
-        before: Callable[[], None],
     ) -> None:
-        self._before = before
+        self._optimizer = weakref.ref(optimizer)
         self._model = weakref.ref(model)  # which may hold the optimizer
+        self._lr_schedulers = lr_schedulers
         self._checkpoint = checkpoint
         self._steps_done = steps_done
-        # The options that are not taken from the checkpoint.
-        self._not_carried = IDENTITY_KEYS if weight_decay == "checkpoint" else IDENTITY_KEYS | STRENGTH_KEYS
-        self.carried = CarriedGroups()
+        self._carried = CarriedGroups()
+        self._handles: list[Any] = []
+        self._undo: list[Callable[[], None]] = []
         self._is_translated = False
+
+    def hang_on(self) -> None:
+        """Hang onto the optimizer and its lr schedulers."""
+        optimizer: Any = self._optimizer()
+        self._handles = [
+            optimizer.register_load_state_dict_pre_hook(self.before_loading),
+            optimizer.register_state_dict_post_hook(self.after_saving),
+        ]
+        if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
+            # bitsandbytes (0.50) runs no hooks there, and pytorch-optimizer (4.1) goes back to the state before them.
+            self._undo.append(
+                set_on_instance(optimizer, "load_state_dict", functools.partial(_load, self._optimizer, self))
+            )
+        self._carry_lr_schedulers()
+
+    def let_go(self) -> None:
+        """Leave them as they were."""
+        for handle in self._handles:
+            handle.remove()
+        for undo in self._undo:
+            undo()
+
+    def _carry_lr_schedulers(self) -> None:
+        for scheduler in self._lr_schedulers():
+            if isinstance(scheduler, LRScheduler) and "load_state_dict" not in vars(scheduler):
+                self._undo += carry_lr_scheduler(scheduler, self._carried)
 
     def load(self, optimizer: Optimizer, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Load a state by a ``load_state_dict`` of the optimizer's own, which gets to see the translated one only."""
@@ -170,7 +185,7 @@ class _Carrier:
         """The state that torch can load: with the param groups of today, each with its own parameters."""
         if self._is_translated:
             return state_dict
-        self._before()
+        self._carry_lr_schedulers()
         known = self._known()
         names = _names_of(optimizer, known)
         saved = read_state(state_dict, self._groups_beside(names, known), known)
@@ -180,10 +195,7 @@ class _Carrier:
         if steps is None:
             steps = self._steps_done()
             if steps == 0 and any(STEP_KEY in group for group in optimizer.param_groups):
-                rank_zero_warn(
-                    "the checkpoint does not tell how many optimizer steps were done: schedules of the weight decay "
-                    "begin anew"
-                )
+                rank_zero_warn(TELLS_NO_STEPS)
 
         remarks: list[str] = []
         groups = []
@@ -198,8 +210,8 @@ class _Carrier:
                 if key in saved.state:
                     state[number] = _checked_state(name, parameter, saved.state[key])
 
-        self.carried.sources = [own[0] if own else None for own in sources]
-        self.carried.saved_count = len(saved.groups)
+        self._carried.sources = [own[0] if own else None for own in sources]
+        self._carried.saved_count = len(saved.groups)
         self._checkpoint = lambda: None  # what is saved from now on is this run
         for remark in remarks:
             rank_zero_info(remark)
@@ -265,7 +277,7 @@ class _Carrier:
         first, *others = found or [0]
         for number in others:
             one, other = saved.groups[first], saved.groups[number]
-            for key in sorted((one.keys() | other.keys()) - self._not_carried):
+            for key in sorted((one.keys() | other.keys()) - _NOT_CARRIED):
                 if not same(one.get(key), other.get(key)):
                     raise ValueError(
                         f"group {group.get('name', '')!r} joins parameters whose {key} differs in the checkpoint: "
@@ -285,11 +297,17 @@ class _Carrier:
                 today["weight_decay"] = before[0]["weight_decay"]  # until the next step sets it
         if not before:
             return {**today, **_lr_of_a_new_group(group, saved.groups)}
-        options = {**today, **{key: value for key, value in before[0].items() if key not in self._not_carried}}
-        if "weight_decay" not in self._not_carried:
-            options = {key: value for key, value in options.items() if key not in STRENGTH_KEYS or key in before[0]}
+        options = {**today, **{key: value for key, value in before[0].items() if key not in _NOT_CARRIED}}
+        if PEAK_KEY in today:
+            options[PEAK_KEY] = before[0].get(PEAK_KEY, today[PEAK_KEY])
         remarks += _changes(group, before, today, options)
         return options
+
+
+def _load(
+    optimizer: weakref.ref[Any], carrier: _Carrier, state_dict: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    carrier.load(optimizer(), state_dict, *args, **kwargs)  # type: ignore[arg-type]
 
 
 def _checked_state(name: str, parameter: torch.Tensor, state: Any) -> Any:
@@ -304,10 +322,10 @@ def _checked_state(name: str, parameter: torch.Tensor, state: Any) -> Any:
 
 def _check_same_optimizer(optimizer: Optimizer, saved_groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise for the state of another kind of optimizer, as far as the options in its param groups tell."""
-    ours = set(optimizer.defaults) - FLAGS - STRENGTH_KEYS
+    ours = set(optimizer.defaults) - FLAGS - _NOT_CARRIED
     users = {key for group in optimizer.param_groups for key in group} - set(optimizer.defaults)
     for group in saved_groups:
-        theirs = set(group) - FLAGS - STRENGTH_KEYS - IDENTITY_KEYS - SCHEDULER_KEYS - users
+        theirs = set(group) - FLAGS - _NOT_CARRIED - SCHEDULER_KEYS - users
         # A group may have keys of the user's own; those of other optimizers tell.
         more, less = (theirs - ours) & _options_of_torch(), ours - theirs
         decoupled, today = (g.get("decoupled_weight_decay") for g in (group, optimizer.defaults))
@@ -334,7 +352,7 @@ def _names_of(optimizer: Optimizer, known: Sequence[ModelParameter]) -> list[lis
     known_names = {parameter.parameter: parameter.name for parameter in known}
     names = []
     for group in optimizer.param_groups:
-        own = group.get("param_names") or [""] * len(group["params"])
+        own = names_in(group) or [""] * len(group["params"])
         names.append([known_names.get(parameter, name) for parameter, name in zip(group["params"], own)])
     return names
 
@@ -342,7 +360,7 @@ def _names_of(optimizer: Optimizer, known: Sequence[ModelParameter]) -> list[lis
 def _lr_of_a_new_group(group: Mapping[str, Any], saved_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The lr of a group of new parameters only: its own, as far through the lr schedule as that of the others."""
     factors = [
-        float(other["lr"]) / float(other["initial_lr"])
+        as_number(other["lr"]) / float(other["initial_lr"])
         for other in saved_groups
         if "lr" in other and other.get("initial_lr")
     ]
@@ -366,14 +384,11 @@ def _changes(
     if any(strength_of(other) != strength_of(goes_on) for other in before):
         was = " and ".join(dict.fromkeys(map(strength_text, before)))
         remarks.append(f"weight decay of {label}: {was} (checkpoint) → {strength_text(goes_on)} (rules)")
-    elif strength_of(today) != strength_of(goes_on):
-        text = f"{strength_text(goes_on)} (checkpoint) goes on, the rules say {strength_text(today)}"
-        remarks.append(f"weight decay of {label}: {text}")
     cycled = {"betas", "momentum"} if "max_momentum" in before[0] else set()
-    for key in sorted(today.keys() - IDENTITY_KEYS - STRENGTH_KEYS - SCHEDULER_KEYS - FLAGS - cycled - {"lr"}):
+    for key in sorted(today.keys() - _NOT_CARRIED - SCHEDULER_KEYS - FLAGS - cycled - {"lr"}):
         if key in before[0] and not same(before[0][key], today[key]):
             remarks.append(f"{key} of {label}: {before[0][key]} (checkpoint) goes on, {today[key]} is configured")
-    lr, configured = (float(g.get("initial_lr", g.get("lr", 0.0))) for g in (before[0], today))
+    lr, configured = (as_number(g.get("initial_lr", g.get("lr"))) for g in (before[0], today))
     if lr != configured:
         remarks.append(f"lr of {label}: {lr:g} (checkpoint) goes on, {configured:g} is configured")
     return remarks

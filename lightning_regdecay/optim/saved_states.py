@@ -9,8 +9,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_regdecay.groups.groups import NAMES_KEY
 from lightning_regdecay.groups.parameters import ModelParameter, plain_name
 from lightning_regdecay.optim.unnamed import names_by_order
+
+IDENTITY_KEYS = {"params", "param_names", "name", NAMES_KEY}
+"""What a param group is, beside how it is trained."""
+
+
+def names_in(group: Mapping[str, Any]) -> Sequence[str]:
+    """The names of its parameters that a param group holds, empty where it holds none."""
+    return group.get(NAMES_KEY) or group.get("param_names") or ()
 
 
 class SavedState(NamedTuple):
@@ -122,8 +131,12 @@ def groups_in_file(path: Path) -> list[list[dict[str, Any]]]:
     """The param groups of each optimizer in a checkpoint of Lightning in one file."""
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError:  # the user's own objects, which were loaded as such a moment ago
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{str(path)!r} holds objects that torch.load refuses with weights_only=True, so it cannot be read which "
+            "parameter was in which group; resume from a checkpoint of plain data, or start the run from the weights "
+            "alone"
+        ) from error
     if "optimizer_states" not in checkpoint:
         raise ValueError(
             f"{str(path)!r} is no checkpoint of Lightning with optimizer states; a checkpoint of "
@@ -138,6 +151,6 @@ def saved_names(
     """The names of the parameters of each param group of a checkpoint, without wrappers; of a tied one the first."""
     if all(isinstance(key, str) for group in groups for key in group["params"]):  # of torch.distributed.checkpoint
         return first_names([group["params"] for group in groups], known)
-    if all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
-        return first_names([group["param_names"] for group in groups], known)
+    if all(len(names_in(group)) == len(group["params"]) for group in groups):
+        return first_names([names_in(group) for group in groups], known)
     return names_by_order({**state_dict, "param_groups": groups}, known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +12,7 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_regdecay.groups.parameters import ModelParameter
 
-IDENTITY_KEYS = {"params", "param_names", "name"}
-"""What a param group is, beside how it is trained."""
-_MOST_WAYS = 10_000  # to put groups together, at a time
+_MOST_WAYS = 64  # to put groups together, at a time
 _WRITE_NAMES = (
     "write the names into the checkpoint, for each group as state['param_groups'][i]['param_names'] = [...] (in a "
     "checkpoint of Lightning state is checkpoint['optimizer_states'][0])"
@@ -87,26 +86,79 @@ def _interleaved(
 
     2 stands for several, and for too many to try.
     """
-    # From how many parameters of each group are given out, to the ways there and the groups in turn of one of them.
-    ways: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {(0,) * len(states): (1, ())}
+    ways = [_Way(states)]
     for parameter in order:
-        longer: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {}
-        for given, (count, turns) in ways.items():
-            for number, group in enumerate(states):
-                if given[number] < len(group) and fits(group[given[number]], parameter.parameter):
-                    now = (*given[:number], given[number] + 1, *given[number + 1 :])
-                    longer[now] = (min(longer.get(now, (0,))[0] + count, 2), (*turns, number))
+        longer: dict[tuple[int, ...], _Way] = {}
+        for way in ways:
+            candidates = way.fitting(parameter.parameter)
+            if len(candidates) > _MOST_WAYS:
+                return [], 2
+            for number, group in enumerate(candidates):
+                # The last one needs no copy, which keeps the usual case, one way, in proportion to the parameters.
+                longer_way = way if number == len(candidates) - 1 else way.copy()
+                longer_way.give(group)
+                same_place = longer.setdefault(tuple(longer_way.given), longer_way)
+                if same_place is not longer_way:
+                    same_place.count = 2
         if not longer:
             return [], 0
         if len(longer) > _MOST_WAYS:
             return [], 2
-        ways = longer
-    ((count, turns),) = ways.values()
-    return [[i for i, n in enumerate(turns) if n == own] for own in range(len(states))], count
+        ways = list(longer.values())
+    (way,) = ways
+    own: list[list[int]] = [[] for _ in states]
+    for place, group in enumerate(way.turns):
+        own[group].append(place)
+    return own, way.count
+
+
+class _Way:
+    """A way to give out the states of groups, each group in its order, to parameters in theirs."""
+
+    def __init__(self, states: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        self.states = states
+        self.given = [0] * len(states)
+        """How many of each group are given out."""
+        self.turns: list[int] = []
+        """Which group was in turn for each parameter."""
+        self.count = 1
+        """How many ways lead here."""
+        self.next: dict[Any, list[int]] = {}
+        """The groups by the shapes of the states that are next in them: many have the same."""
+        for group in range(len(states)):
+            self._wait(group)
+
+    def copy(self) -> _Way:
+        way = copy.copy(self)
+        way.given, way.turns = list(self.given), list(self.turns)
+        way.next = {shapes: list(groups) for shapes, groups in self.next.items()}
+        return way
+
+    def fitting(self, parameter: torch.Tensor) -> list[int]:
+        """The groups whose next state can be of a parameter."""
+        found: list[int] = []
+        for groups in self.next.values():
+            if groups and fits(self.states[groups[0]][self.given[groups[0]]], parameter):
+                found += groups
+        return found
+
+    def give(self, group: int) -> None:
+        self.next[_shapes(self.states[group][self.given[group]])].remove(group)
+        self.given[group] += 1
+        self.turns.append(group)
+        self._wait(group)
+
+    def _wait(self, group: int) -> None:
+        if self.given[group] < len(self.states[group]):
+            self.next.setdefault(_shapes(self.states[group][self.given[group]]), []).append(group)
+
+
+def _shapes(state: Mapping[str, Any]) -> tuple[torch.Size, ...]:
+    return tuple(tensor.shape for tensor in shaped(state))
 
 
 def _have_equal_options(groups: Sequence[Mapping[str, Any]]) -> bool:
-    keys = {key for group in groups for key in group} - IDENTITY_KEYS
+    keys = {key for group in groups for key in group} - {"params", "param_names", "name"}
     return all(same(group.get(key), groups[0].get(key)) for group in groups for key in keys)
 
 
@@ -116,11 +168,17 @@ def shaped(state: Mapping[str, Any]) -> list[torch.Tensor]:
 
 
 def fits(state: Mapping[str, Any], parameter: torch.Tensor) -> bool:
-    """Whether a state can be of a parameter: some tensor of it has the shape, or is a factor of that (Adafactor)."""
+    """Whether a state can be of a parameter: some tensor of it has the shape, or is a factor of that (Adafactor).
+
+    A factor has 1 in the place of dimensions, or is without one of them.
+    """
     tensors = shaped(state)
-    return not tensors or any(
-        tensor.ndim == parameter.ndim and all(a in (1, b) for a, b in zip(tensor.shape, parameter.shape))
-        for tensor in tensors
+    shape = parameter.shape
+    without_one = {shape[:i] + shape[i + 1 :] for i in range(len(shape))}
+    return (
+        not tensors
+        or any(t.ndim == len(shape) and all(a in (1, b) for a, b in zip(t.shape, shape)) for t in tensors)
+        or (len(tensors) > 1 and all(tensor.shape in without_one for tensor in tensors))
     )
 
 

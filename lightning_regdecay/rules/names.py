@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import itertools
 import re
 from collections.abc import Collection, Iterable
 
 REGEX_PREFIX = "re:"
 """What makes a pattern a regular expression."""
+
+_LONGEST = 64
 
 # What a regular expression holds beside the text that it looks for, to be taken out of it in this order.
 _REGEX_PARTS = (
@@ -48,12 +51,15 @@ def name_of_pattern(pattern: str) -> str:
 
 
 def safe_name(text: str) -> str:
-    """A name that every logger takes: letters, digits, ``_``, ``-`` and ``.`` only.
+    """A name that every logger takes: letters, digits, ``_``, ``-`` and ``.`` only, and not too many.
 
-    >>> safe_name("no decay")
-    'no_decay'
+    MLflow (3.17) takes keys of up to 250 characters. A longer text is cut, and ends in what tells it from others.
+
+    >>> safe_name("no decay"), safe_name("*_" * 100)
+    ('no_decay', '________________________________________________________6447caa7')
     """
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", text)
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 8]}{hashlib.sha1(text.encode()).hexdigest()[:8]}"
 
 
 def unique_name(name: str, taken: Collection[str]) -> str:

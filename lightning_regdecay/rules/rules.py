@@ -260,11 +260,14 @@ def given_fields(rule: DecayRule) -> dict[str, Any]:
 def compile_pattern(pattern: str) -> Callable[[str], Any]:
     r"""A function that tells whether a name matches: a glob over the whole of it, or after ``re:`` a search.
 
+    A name that is written in full matches itself, brackets and all.
+
     >>> bool(compile_pattern("*.bias")("body.0.bias")), bool(compile_pattern(r"re:\.[01]\.")("body.2.bias"))
     (True, False)
     """
     if not pattern.startswith(REGEX_PREFIX):
-        return re.compile(fnmatch.translate(pattern)).match
+        glob = re.compile(fnmatch.translate(pattern)).match
+        return glob if "[" not in pattern else lambda name: name == pattern or glob(name)
     try:
         return re.compile(pattern.removeprefix(REGEX_PREFIX)).search
     except re.error as error:
@@ -357,9 +360,9 @@ def _has_selector(fields: Iterable[str]) -> bool:
 def _name_from_selectors(rule: DecayRule) -> str:
     """The group's name of a rule that has none: from its patterns, else its classes, its dimensions, its predicate."""
     if patterns_of(rule):
-        return "_".join(map(name_of_pattern, patterns_of(rule)))
+        return safe_name("_".join(map(name_of_pattern, patterns_of(rule))))
     if classes_of(rule):
-        return "_".join(name_of_pattern(_class_name(selector)) for selector in classes_of(rule))
+        return safe_name("_".join(name_of_pattern(_class_name(selector)) for selector in classes_of(rule)))
     bounds = "_".join(f"{name}_{bound}" for name, bound in rule._bounds())
     return bounds or (safe_name(_test_name(rule.where)) if rule.where else name_of_pattern("*"))
 

@@ -10,6 +10,13 @@ from typing import Any
 
 def nonnegative_number(name: str, value: Any) -> float | None:
     """A coefficient from a number or its text; None where it is not given."""
+    number = _number(name, value)
+    if number is not None and not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    return number
+
+
+def _number(name: str, value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal, str)):
@@ -17,8 +24,6 @@ def nonnegative_number(name: str, value: Any) -> float | None:
     number = number_of(value)
     if number is None:
         raise ValueError(f"{name} must be a number, got the text {value!r}")
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
     return number
 
 
@@ -34,9 +39,10 @@ def number_of(value: Any) -> float | None:
 
 def positive_number(name: str, value: Any) -> float | None:
     """As :func:`nonnegative_number`, but not 0."""
-    number = nonnegative_number(name, value)
-    if number == 0:
-        raise ValueError(f"{name} must be above 0, got {value!r}")
+    number = _number(name, value)
+    if number is not None and not (math.isfinite(number) and number > 0):
+        kind = "above 0" if math.isfinite(number) else "a finite number"
+        raise ValueError(f"{name} must be {kind}, got {value!r}")
     return number
 
 

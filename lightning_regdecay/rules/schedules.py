@@ -187,6 +187,11 @@ class DecaySchedule:
         return math.exp((1 - p) * math.log(start) + p * math.log(end))
 
 
+def scheduled_param_group(schedule: DecaySchedule) -> dict[str, Any]:
+    """What a param group holds for a schedule: its fields, the steps done, and a λ until the first step sets it."""
+    return {"weight_decay": schedule.start or 0.0, SCHEDULE_KEY: schedule.as_dict(), STEP_KEY: 0}
+
+
 def schedule_of(param_group: Mapping[str, Any]) -> DecaySchedule | None:
     """The schedule of a param group, None where it has none."""
     given = param_group.get(SCHEDULE_KEY)

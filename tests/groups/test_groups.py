@@ -137,7 +137,7 @@ class TestParamGroups:
         head, default = (group.as_param_group() for group in build_decay_groups(model, rules))
         assert head == {
             "params": [model.head.weight, model.head.bias],
-            "param_names": ["head.weight", "head.bias"],
+            "decay_params": ["head.weight", "head.bias"],
             "name": "head",
             "weight_decay": 0.1,
             "lr": 1e-4,

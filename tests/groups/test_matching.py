@@ -182,7 +182,8 @@ def message(model, rules):
 class TestMessages:
     def test_a_typo_names_the_nearest_parameter(self):
         assert message(Net(), {"haed.*": 0.1, "*": 0.2}) == (
-            "decay rule 1 'haed.*' takes nothing: no parameter name matches 'haed.*'; nearest: 'head.weight'"
+            "decay rule 1 'haed.*' takes nothing: no parameter name matches 'haed.*'; nearest: 'head.weight', "
+            "'head.bias'"
         )
         assert "nearest: 'norm.weight'" in message(Net(), {"*.wieght": 0.1, "norm.wight": 0.2})
 

@@ -8,6 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import lightning as L
 import torch
 from helpers import LitHparams, digits_loader, leave, trainer

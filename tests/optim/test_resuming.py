@@ -21,9 +21,7 @@ from torch import nn
 from torch.distributed import checkpoint as dist_checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from lightning_regdecay import DecayRule, WeightDecayMonitor, build_decay_groups
-from lightning_regdecay.optim.following import schedule_weight_decay
-from lightning_regdecay.optim.resuming import resume_by_name
+from lightning_regdecay import DecayRule, WeightDecayMonitor, build_decay_groups, resume_by_name, schedule_weight_decay
 
 schedulers = torch.optim.lr_scheduler
 
@@ -197,9 +195,9 @@ class TestOtherGroups:
         first = Run(before, build, scheduler).train(5)
         second = Run(today, build, scheduler).load(first.checkpoint()).train(5, first=5)
         assert_same_weights(second.net, whole.net)
-        by_name = {name: group["lr"] for group in second.optimizer.param_groups for name in group["param_names"]}
+        by_name = {name: group["lr"] for group in second.optimizer.param_groups for name in group["decay_params"]}
         assert all(
-            group["lr"] == by_name[name] for group in whole.optimizer.param_groups for name in group["param_names"]
+            group["lr"] == by_name[name] for group in whole.optimizer.param_groups for name in group["decay_params"]
         )
 
     def test_a_scheduler_with_an_object_per_group(self):
@@ -212,7 +210,7 @@ class TestOtherGroups:
                 return self.rate**step
 
         def by_bias(optimizer):
-            rates = [0.5 if all("bias" in n for n in g["param_names"]) else 0.9 for g in optimizer.param_groups]
+            rates = [0.5 if all("bias" in n for n in g["decay_params"]) else 0.9 for g in optimizer.param_groups]
             return schedulers.LambdaLR(optimizer, [Decay(rate) for rate in rates])
 
         whole = Run(TWO_GROUPS, scheduler=by_bias).train(10)
@@ -288,7 +286,7 @@ class TestOtherParameters:
     def test_a_group_of_new_ones_only_joins_the_lr_schedule(self):
         def half(net):
             groups = build_decay_groups(net.body, {"*": 0.1})
-            return [dict(group.as_param_group(), param_names=["body.weight", "body.bias"]) for group in groups]
+            return [dict(group.as_param_group(), decay_params=["body.weight", "body.bias"]) for group in groups]
 
         net = Net()
         before = torch.optim.SGD(half(net), lr=0.1)
@@ -296,7 +294,7 @@ class TestOtherParameters:
         for _ in range(4):
             before.step()
             scheduler.step()
-        head = {"params": [net.head.weight], "param_names": ["head.weight"], "lr": 0.5, "name": "head"}
+        head = {"params": [net.head.weight], "lr": 0.5, "name": "head"}
         today = torch.optim.SGD([head, *half(net)], lr=0.1)
         follows = schedulers.LinearLR(today, start_factor=1.0, end_factor=0.0, total_iters=10)
         resume_by_name(today, net, lr_scheduler=follows)
@@ -417,9 +415,8 @@ class TestOtherParameters:
 
         first, model = Run({"*": 0.1}).train(2), Outer()
         state = first.checkpoint()[1]
-        state["param_groups"][0]["param_names"] = [
-            way(f"net.{name}") for name in state["param_groups"][0]["param_names"]
-        ]
+        names = state["param_groups"][0].pop("decay_params")
+        state["param_groups"][0]["param_names"] = [way(f"net.{name}") for name in names]
         groups = build_decay_groups(model, {"*.bias": 0.0, "*": 0.1})
         optimizer = torch.optim.AdamW([group.as_param_group() for group in groups], lr=0.01)
         resume_by_name(optimizer, model)
@@ -429,7 +426,7 @@ class TestOtherParameters:
 
     def test_names_of_another_model(self):
         state = Run({"*": 0.1}).train(1).checkpoint()[1]
-        state["param_groups"][0]["param_names"] = [f"layer{i}.w" for i in range(6)]
+        state["param_groups"][0]["decay_params"] = [f"layer{i}.w" for i in range(6)]
         today = Run({"*": 0.1})
         with pytest.raises(
             ValueError, match="not one of the parameters that the optimizer state in the checkpoint names"
@@ -440,7 +437,7 @@ class TestOtherParameters:
         first = Run({"*": 0.1}).train(2)
         checkpoint = first.checkpoint()
         for group in checkpoint[1]["param_groups"]:
-            group["param_names"] = [f"_orig_mod.{name}" for name in group["param_names"]]
+            group["decay_params"] = [f"_orig_mod.{name}" for name in group["decay_params"]]
         second = Run({"*.bias": 0.0, "*": 0.1}).load(checkpoint)
         assert_same_state(second, first, ["body.weight", "head.bias"])
 
@@ -456,21 +453,6 @@ class TestOtherStrengths:
         first = Run({"*.bias": 0.0, "head.*": 0.2, "*": 0.1}).train(2)
         Run({"*": 0.5}).load(first.checkpoint())
         assert log() == ["weight decay of group 'rest': 0.1 and 0 and 0.2 (checkpoint) → 0.5 (rules)"]
-
-    def test_or_the_checkpoints_on_request(self, log):
-        first = Run({"*.bias": 0.0, "*": 0.1}).train(2)
-        second = Run({"head.*": 0.5, "*.bias": 0.0, "*": 0.5}, weight_decay="checkpoint")
-        with pytest.raises(ValueError, match="'head' joins parameters whose weight_decay differs"):
-            second.load(first.checkpoint())
-        second = Run({"*.bias": 0.0, "head.*": 0.5, "*": 0.5}, weight_decay="checkpoint").load(first.checkpoint())
-        assert [group["weight_decay"] for group in second.optimizer.param_groups] == [0.0, 0.1, 0.1]
-        assert log() == [
-            f"weight decay of group {name!r}: 0.1 (checkpoint) goes on, the rules say 0.5" for name in ("head", "rest")
-        ]
-
-    def test_neither_of_them(self):
-        with pytest.raises(ValueError, match="that of the 'rules' or of the 'checkpoint', got 'both'"):
-            Run({"*": 0.1}, weight_decay="both")
 
     def test_a_multiple_of_the_optimizers_own(self):
         first = Run({"*": 0.1}).train(1)
@@ -553,7 +535,7 @@ class TestSchedules:
             return model
 
         fit(1)
-        assert fit(2, ckpt_path=tmp_path / "epoch=0.ckpt").seen == pytest.approx(0.3)
+        assert fit(2, ckpt_path=tmp_path / "epoch=0.ckpt").seen == pytest.approx(0.4)  # of the fifth step of twelve
 
     def test_a_new_one_counts_the_steps_of_the_checkpoint(self, log):
         first = Run({"*": 0.1}).train(5)
@@ -576,16 +558,6 @@ class TestSchedules:
         assert "decay_schedule" not in second.group("rest")
         assert log() == ["weight decay of group 'rest': linear 0 to 1.2 (checkpoint) → 0.3 (rules)"]
 
-    def test_that_of_the_checkpoint_needs_somebody_to_follow_it(self):
-        first = Run({"*": self.SCHEDULE}).train(5)
-        net = Net()
-        (group,) = build_decay_groups(net, {"*": 0.3})
-        optimizer = torch.optim.AdamW([group.as_param_group()], lr=0.01)
-        resume_by_name(optimizer, net, weight_decay="checkpoint")
-        optimizer.load_state_dict(first.checkpoint()[1])
-        with pytest.raises(RuntimeError, match="schedules of the weight decay, which nobody follows"):
-            optimizer.step()
-
     def test_a_peak_that_has_changed(self, log):
         follow = {"schedule": "follow_lr", "start": 0.1, "peak_lr": 0.1}
         first = Run({"*": follow}).train(2)
@@ -594,11 +566,6 @@ class TestSchedules:
         assert log() == [
             "weight decay of group 'rest': follow_lr 0.1 at lr 0.1 (checkpoint) → follow_lr 0.1 at lr 1 (rules)"
         ]
-
-    def test_that_of_the_checkpoint_on_request(self):
-        first = Run({"*": self.SCHEDULE}).train(5)
-        second = Run({"*": 0.3}, weight_decay="checkpoint").load(first.checkpoint()).train(1, first=5)
-        assert second.group("rest")["weight_decay"] == pytest.approx(0.5)
 
 
 class TestCheckpointsWithoutNames:
@@ -795,9 +762,6 @@ class TestLightning:
         _, monitor = self.fit(tmp_path / "second", rules, 2, ckpt_path=tmp_path / "epoch=0.ckpt")
         assert monitor.history[-1]["decay/head/weight_decay"] == 0.5
         assert "weight decay of group 'head': 0.1 and 0 (checkpoint) → 0.5 (rules)" in log()
-        path = tmp_path / "epoch=0.ckpt"
-        _, kept = self.fit(tmp_path / "3", {"*.bias": 0.0, "*": 0.5}, 2, ckpt_path=path, decay_resume="checkpoint")
-        assert kept.history[-1]["decay/rest/weight_decay"] == 0.1
 
     def test_a_scheduler_that_a_subclass_adds(self, tmp_path):
         class Adds(LitHparams):

@@ -17,8 +17,14 @@ from helpers import LitBase, LitHparams, digits, trainer
 from omegaconf import OmegaConf
 from torch import nn
 
-from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor, build_decay_groups
-from lightning_regdecay.optim.following import refresh_schedules, schedule_weight_decay
+from lightning_regdecay import (
+    DecayRule,
+    WeightDecayMixin,
+    WeightDecayMonitor,
+    build_decay_groups,
+    schedule_weight_decay,
+)
+from lightning_regdecay.optim.in_force import refresh as refresh_schedules
 from lightning_regdecay.rules.rules import parse_rules, plain_rules, rules_by_group
 from lightning_regdecay.rules.schedules import DecaySchedule
 
@@ -199,9 +205,7 @@ class TestMistakes:
         model = LitHparams(decay_rules={"*": DINO})
         optimizer = model.configure_optimizers()
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(
-            ValueError, match=re.escape("its times in steps, or call lightning_regdecay.optim.following.")
-        ):
+        with pytest.raises(ValueError, match=re.escape("its times in steps, or call lightning_regdecay.")):
             optimizer.step()
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         schedule_weight_decay(optimizer, total_steps=100)
@@ -217,21 +221,21 @@ class TestMistakes:
             schedule_weight_decay(plain_optimizer(DINO), **lengths)
 
     def test_a_schedule_that_nobody_follows(self):
-        class Forgetful(LitHparams):
+        class Forgetful(LitBase):
             def configure_optimizers(self):
-                return torch.optim.SGD([group.as_param_group() for group in self.decay_groups], lr=0.1)
+                return plain_optimizer(DINO)
 
-        model = Forgetful(decay_rules={"*": DINO})
-        before = copy.deepcopy(model.state_dict())
-        with pytest.raises(
-            RuntimeError, match=r"which nobody follows; call lightning_regdecay\.optim\.following\.schedule_weight"
-        ):
-            trainer().fit(model)
-        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-        with pytest.raises(
-            RuntimeError, match="SGD has param groups with schedules of the weight decay, which nobody follows"
-        ):
-            strengths({"*": DINO}, model=Forgetful)
+        match = r"SGD has .* which nobody follows; call lightning_regdecay\.schedule_weight_decay"
+        with pytest.raises(RuntimeError, match=match.replace("SGD", "AdamW")):
+            trainer(callbacks=[WeightDecayMonitor(summary=False)]).fit(Forgetful())
+
+    def test_rules_of_a_class_are_followed_in_whatever_it_builds(self):
+        class Own(LitHparams):
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.decay_groups.as_param_groups(), lr=0.1)
+
+        expected = 0.4 + (0.04 - 0.4) * (1 + np.cos(np.pi * np.arange(8) / 8)) / 2
+        assert strengths({"*": DINO}, model=Own) == pytest.approx(list(expected), rel=1e-12)
 
 
 class TestTraining:
@@ -343,11 +347,10 @@ class TestTraining:
 
     def test_other_groups_stay_as_they_are(self):
         model = LitHparams(decay_rules={"*": 0.1})
-        assert not model.configure_optimizers()._optimizer_step_pre_hooks
         assert set(model.configure_optimizers().param_groups[0]) == {
             *torch.optim.AdamW(model.parameters()).param_groups[0],
             "name",
-            "param_names",
+            "decay_params",
         }
 
 
@@ -552,8 +555,11 @@ class TestPlainPytorch:
     def test_a_copy_of_an_optimizer_has_to_be_followed_too(self):
         optimizer = plain_optimizer(DINO)
         schedule_weight_decay(optimizer, total_steps=10)
-        with pytest.raises(RuntimeError, match="which nobody follows"):
+        with pytest.raises(RuntimeError, match="a copy of an optimizer with decay rules in force, and a copy"):
             copy.deepcopy(optimizer).step()
+        copied = copy.deepcopy(optimizer)
+        schedule_weight_decay(copied, total_steps=10)
+        copied.step()
 
     def test_a_second_call_changes_the_length(self):
         optimizer = plain_optimizer({"schedule": "linear", "start": 0, "end": 1})

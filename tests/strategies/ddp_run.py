@@ -52,7 +52,7 @@ def main(devices: int, out: Path) -> None:
         "world_size": run.world_size,
         "history": monitor.history,
         "callback_metrics": {k: v.item() for k, v in run.callback_metrics.items() if k.startswith("decay/")},
-        "groups": {group["name"]: group["param_names"] for group in run.optimizers[0].param_groups},
+        "groups": {group["name"]: group["decay_params"] for group in run.optimizers[0].param_groups},
         "truth": truth,
         "collectives": monitor.collectives,
         "counted_by_hand": counted,

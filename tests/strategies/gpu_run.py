@@ -51,7 +51,7 @@ def main(name: str, accelerator: str, devices: int, out: Path) -> None:
     run.fit(Lit())
     report = {
         "history": monitor.history,
-        "groups": {group["name"]: group["param_names"] for group in run.optimizers[0].param_groups},
+        "groups": {group["name"]: group["decay_params"] for group in run.optimizers[0].param_groups},
         "elements": sum(parameter.numel() for parameter in Net().parameters()),
     }
     (out / f"{name}-{run.global_rank}.json").write_text(json.dumps(report))

@@ -163,7 +163,7 @@ def main(way: str, devices: int, out: Path) -> None:
     parts = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
     report = {
         "world_size": run.world_size,
-        "groups": {group["name"]: group["param_names"] for group in run.optimizers[0].param_groups},
+        "groups": {group["name"]: group["decay_params"] for group in run.optimizers[0].param_groups},
         "weight_decay": {group["name"]: group["weight_decay"] for group in run.optimizers[0].param_groups},
         "history": monitor.history,
         "truths": monitor.truths,

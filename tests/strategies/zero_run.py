@@ -21,8 +21,7 @@ from strategies.sharded_run import RULES, Outer
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from lightning_regdecay import WeightDecayMonitor, build_decay_groups
-from lightning_regdecay.optim.following import schedule_weight_decay
+from lightning_regdecay import WeightDecayMonitor, build_decay_groups, schedule_weight_decay
 from lightning_regdecay.rules.schedules import DecaySchedule
 
 SCHEDULE = DecaySchedule("linear", 0.0, 0.1, steps=10)

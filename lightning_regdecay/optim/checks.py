@@ -1,0 +1,201 @@
+"""What can be known before the first step: whether rules can be in force in an optimizer, and what they miss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.fabric.utilities import rank_zero_warn
+from torch import nn
+
+from lightning_regdecay.groups.groups import NAMES_KEY, DecayGroups
+from lightning_regdecay.groups.matching import listed
+from lightning_regdecay.groups.parameters import ModelParameter, model_parameters
+from lightning_regdecay.groups.places import Finds, Places
+from lightning_regdecay.optim.decoupling import check_timescale, reads_option
+from lightning_regdecay.optim.holders import innermost, refuse_numbered, shared_lists, with_held
+from lightning_regdecay.optim.parting import Layer, Parting
+from lightning_regdecay.optim.parts import Parted
+from lightning_regdecay.optim.step_room import StepRoom
+from lightning_regdecay.rules.names import hint
+from lightning_regdecay.rules.rules import DecayRule
+
+NO_WEIGHT_DECAY = "{optimizer} knows no weight decay, so decay rules cannot work with it; use one such as AdamW or SGD"
+_MOST_NAMED = 8  # parameters in a message
+
+
+def check_family(family: list[Any], rooms: list[StepRoom], places: Places, finds: Finds) -> None:
+    """Raise where rules cannot be in force in the steps of optimizers; warn where they would do nothing.
+
+    Args:
+        family: optimizers that step over the same param groups.
+        rooms: those that they have.
+        places: where the rules put the parameters of the model.
+        finds: these parameters.
+
+    Raises:
+        ValueError: for optimizers that know no weight decay, options of a rule in those that were not built over the
+            decay groups, a timescale in one that is coupled, rules of two models for one parameter, and optimizers
+            whose param groups cannot be others in a step.
+    """
+    kind = type(family[0]).__name__
+    if not shared_lists(family):
+        raise ValueError(
+            f"decay rules cannot be put in force in this {kind}: its param_groups is made anew whenever it is asked "
+            "for, so nothing can be put there for a step; apply them to the optimizers inside it"
+        )
+    trial = Parting(getattr(innermost(family), "defaults", {}))
+    trial.layers = [Layer(places)]
+    every = _seen(trial, family, rooms, finds)
+    taken = {part.place.group for parted in every if parted.is_cut for part in parted.parts}
+    for rule in places.rules:
+        if rule.options and rule.group in taken:
+            raise ValueError(
+                f"group {rule.group!r} has the options {listed(sorted(rule.options))}; in an optimizer that is not "
+                f"built over the decay groups, such as this {kind}, rules set the weight decay alone: build it over "
+                "them (build_optimizer of WeightDecayMixin, or build_decay_groups(model, rules).as_param_groups()), or "
+                "set the options in its own param groups"
+            )
+    _check_alone(rooms, places, finds)
+    _check_parts(family, every, rooms)
+    _warn_of_no_decay(every, kind, trial.defaults)
+
+
+def check_room(room: StepRoom) -> None:
+    """Raise where the param groups of a room cannot be cut as the rules of today would cut them."""
+    _check_parts(room.members, room.parting.seen(room.groups), [room])
+
+
+def _seen(trial: Parting, family: list[Any], rooms: list[StepRoom], finds: Finds) -> list[Parted]:
+    groups = [group for groups in shared_lists(family) for group in groups]
+    for room in rooms:
+        groups = room.theirs(groups)
+    return trial.seen(groups, finds)
+
+
+def _check_parts(family: list[Any], every: list[Parted], rooms: list[StepRoom]) -> None:
+    rules = {part.place.rule for parted in every for part in parted.parts if part.place.rule is not None}
+    if any(rule.weight_decay != 0 and rule.decay_mult != 0 for rule in rules):
+        check_decays(family)
+    for parted in every:
+        for part in parted.parts:
+            if part.schedule is not None and part.schedule.schedule == "timescale":
+                check_timescale(innermost(family, parted.group), parted.group, part.place.group)
+    if any(parted.is_cut and len(parted.parts) > 1 for parted in every):
+        known = [room.numbered for room in rooms if room.numbered is not None]
+        refuse_numbered(family, among=known[0] if known else None)
+
+
+def check_decays(family: list[Any]) -> None:
+    """Raise for optimizers without weight decay."""
+    every = [held for member in family for held in with_held(member)]
+    groups = [group for member in family for group in member.param_groups]
+    # What is in groups that were built as decay groups, the rules have put there.
+    held = any("weight_decay" in group and NAMES_KEY not in group for group in groups)
+    if not held and not any(reads_option(member, "weight_decay") for member in every):
+        raise ValueError(NO_WEIGHT_DECAY.format(optimizer=type(family[0]).__name__))
+
+
+def check_options(optimizer: Any, groups: DecayGroups) -> None:
+    """Raise for options of rules that an own optimizer does not know."""
+    every = with_held(optimizer)
+    kind = type(optimizer).__name__
+    for group in groups:
+        for option in group.rule.options if group.rule is not None else ():
+            if not any(reads_option(one, option) for one in every):
+                known = {name for one in every for name in getattr(one, "defaults", {})}
+                raise ValueError(
+                    f"group {group.name!r} has the option {option!r}, which {kind} does not know; {hint(option, known)}"
+                )
+
+
+def _check_alone(rooms: list[StepRoom], places: Places, finds: Finds) -> None:
+    """Raise where other rules, of another model, are in force for the same parameters."""
+    module = places.module()
+    for room in rooms:
+        members = [parameter for group in room.groups for parameter in group["params"]]
+        for layer in room.parting.layers if room.is_armed else ():
+            other = layer.places.module()
+            if other is None or other is module:
+                continue
+            others = layer.places.find()
+            both = [finds[id(p)] for p in members if id(p) in others and id(p) in finds]
+            if both:
+                raise ValueError(
+                    f"both {type(other).__name__} and {type(module).__name__} have decay rules for {both[0].name!r} "
+                    f"and {len(both) - 1} more parameters of one optimizer; leave the rules to one of them"
+                )
+
+
+def _warn_of_no_decay(every: list[Parted], kind: str, defaults: Any) -> None:
+    decays = [parted for parted in every if _weight_decay(parted, defaults)]
+    rules: dict[str, DecayRule] = {}
+    for parted in every:
+        for part in parted.parts:
+            # Of theirs, a group that they leave without decay is meant to be without.
+            if part.place.rule is not None and not (decays if parted.is_cut else _weight_decay(parted, defaults)):
+                rules[part.place.group] = part.place.rule
+    for name, rule in rules.items():
+        if rule.decay_mult:
+            rank_zero_warn(
+                f"group {name!r} has decay_mult={rule.decay_mult:g}, a factor on the weight decay of {kind}, which is "
+                "0: nothing decays; give the optimizer a weight_decay"
+            )
+
+
+def _weight_decay(parted: Parted, defaults: Any) -> float:
+    value = parted.group.get("weight_decay", defaults.get("weight_decay"))
+    return 0.0 if value is None else float(value)
+
+
+def warn_of_strays(rooms: Iterable[StepRoom], every: Iterable[StepRoom]) -> None:
+    """Name what rules miss: parameters of a model in no optimizer, and those in an optimizer that the model has not.
+
+    Args:
+        rooms: of the optimizers.
+        every: all rooms that there are, as a model may have several optimizers.
+    """
+    every = list(every)
+    for room in rooms:
+        room.parting.has_news = False
+        if any(type(one).__module__.startswith("deepspeed.") for one in [*room.members, *room.roots]):
+            continue  # it has put others in the place of the parameters
+        modules = _modules(room)
+        if not modules:
+            continue
+        models = [model_parameters(module) for module in modules]
+        known = {id(p.parameter) for model in models for p in model}
+        groups = room.groups
+        if not any(id(p) in known for group in groups for p in group["params"]) and not _bears_rules(room):
+            continue
+        lost = []
+        for parted in room.parting.seen(groups):
+            for name, p in zip(parted.names, parted.group["params"]):
+                if id(p) not in known:
+                    lost.append(name or f"a tensor of shape {tuple(p.shape)}")
+        _tell(room, lost, "in an optimizer but not of the model (any more): the weight decay of its param group holds")
+        roots = [r for one in every if any(m in modules for m in _modules(one)) for r in one.roots]
+        held = {id(p) for root in roots for group in root.param_groups for p in group["params"]}
+        missing = [p.name for model in models for p in model if _is_missing(p, held)]
+        _tell(room, missing, "trainable, but in no optimizer")
+
+
+def _is_missing(parameter: ModelParameter, held: set[int]) -> bool:
+    return parameter.parameter.requires_grad and id(parameter.parameter) not in held
+
+
+def _bears_rules(room: StepRoom) -> bool:
+    """Whether parameters of an optimizer were under rules, before the model has let go of all of them."""
+    return any(layer.places.rules for layer in room.parting.layers) and room.steps_done > 0
+
+
+def _modules(room: StepRoom) -> list[nn.Module]:
+    return [module for layer in room.parting.layers if (module := layer.places.module()) is not None]
+
+
+def _tell(room: StepRoom, names: list[str], what: str) -> None:
+    new = [name for name in dict.fromkeys(names) if (what, name) not in room.told]
+    room.told.update((what, name) for name in new)
+    if new:
+        more = f" and {len(new) - _MOST_NAMED} more" if len(new) > _MOST_NAMED else ""
+        rank_zero_warn(f"{listed(new[:_MOST_NAMED])}{more} {'are' if len(new) > 1 else 'is'} {what}")

@@ -1,0 +1,462 @@
+"""Decay rules × the param groups of an optimizer: what is to be stepped over, with which λ, at this moment."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.fabric.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_regdecay.groups.groups import NAMES_KEY, ON_META
+from lightning_regdecay.groups.places import Finds, Place, Places
+from lightning_regdecay.optim.parts import Part, Parted
+from lightning_regdecay.optim.seen import Group
+from lightning_regdecay.optim.strengths import Strengths, as_number, first_peak
+from lightning_regdecay.rules.schedules import FIELDS, PEAK_KEY, SCHEDULE_KEY, STEP_KEY, DecaySchedule, schedule_of
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The rules for one model in an optimizer.
+
+    Args:
+        places: where they put its parameters.
+        own: λ of each param group, by its name, that was built as decay group of these rules.
+        by_user: whether the user has put them there, not a fit.
+    """
+
+    places: Places
+    own: Mapping[str, Any] = field(default_factory=dict)
+    by_user: bool = True
+
+
+class Parting:
+    """The param groups of one optimizer, or of several that share them, under rules."""
+
+    def __init__(self, defaults: Mapping[str, Any] | None = None) -> None:
+        self.layers: list[Layer] = []
+        self.strengths = Strengths()
+        self.defaults: Mapping[str, Any] = {} if defaults is None else defaults
+        """The ``defaults`` of the optimizer that steps."""
+        self.is_cut_anew = False
+        """Whether param groups were cut that were not before."""
+        self.has_news = True
+        """Whether parameters came, or went."""
+        self._parted: dict[int, Parted] = {}
+        self._has_moved = False
+
+    # In a step.
+
+    def begin(self, lists: Iterable[list[Group]], set_schedules: bool = True) -> None:
+        """Set the λ of a step, in the parts and in groups that have a schedule themselves.
+
+        Args:
+            lists: of all param groups; what is known of others is forgotten.
+            set_schedules: False leaves λ of groups that have a schedule themselves as it is.
+
+        Raises:
+            ValueError: for a schedule whose length is not known, or parameters on the meta device.
+        """
+        groups = [group for groups in lists for group in groups]
+        every = self._up_to_date(groups)
+        if len(every) != len(self._parted):
+            self._parted = {id(parted.group): parted for parted in every}
+        for number, parted in enumerate(every):
+            if parted.is_on_meta:
+                raise ValueError(ON_META.format(group=str(parted.group.get("name", number))))
+            if parted.is_cut:
+                for part in parted.parts:
+                    self._set(part, parted)
+            elif set_schedules:
+                self._follow(parted)
+
+    def go_on(self, groups: list[Group]) -> None:
+        """Take up, in the middle of a step, what a closure or a hook has set; λ that the optimizer has set stays."""
+        for parted in self._up_to_date(groups):
+            for part in parted.parts if parted.is_cut else ():
+                if not part.is_set:
+                    self._set(part, parted)
+
+    def _set(self, part: Part, parted: Parted) -> None:
+        if part.number is not None:
+            if part.group.get("weight_decay") is part.number:
+                part.is_set = True
+            else:
+                part.set_weight_decay(part.number)
+        elif part.place.rule is not None:
+            value = self._strength(part.place, parted)
+            part.held = None if part.schedule is None else value
+            part.set_weight_decay(value)
+
+    def inside(self, group: Group) -> list[Group]:
+        """What stands in the place of a param group in a step."""
+        parted = self._parted.get(id(group))
+        return [group] if parted is None or not parted.is_cut else [part.group for part in parted.parts]
+
+    def owners(self) -> dict[int, Group]:
+        """From the id of a part to its param group."""
+        return {id(part.group): p.group for p in self._parted.values() if p.is_cut for part in p.parts}
+
+    def write_back(self) -> None:
+        """Put into param groups what the optimizer has written into their parts."""
+        for parted in self._parted.values():
+            if parted.is_cut:
+                parted.write_back()
+
+    def counts(self, groups: Iterable[Group]) -> list[tuple[Group, int]]:
+        """The counts of steps of param groups after one step more."""
+        return [(group, int(group[STEP_KEY]) + 1) for group in groups if STEP_KEY in group]
+
+    def set_counts(self, counts: Iterable[tuple[Group, int]]) -> None:
+        """Set counts of steps."""
+        for group, count in counts:
+            group[STEP_KEY] = count
+            parted = self._parted.get(id(group))
+            if parted is not None:
+                parted.seen.note(group, STEP_KEY)
+
+    # Outside of steps.
+
+    def changes(self, groups: list[Group]) -> bool:
+        """Whether the steps of an optimizer are others with the rules than without."""
+        return any(parted.is_cut or schedule_of(parted.group) is not None for parted in self._up_to_date(groups))
+
+    def has_cut(self) -> bool:
+        """Whether parts take the place of a param group."""
+        return any(parted.is_cut for parted in self._parted.values())
+
+    def look_again(self) -> None:
+        """Find the places of all parameters anew before the next step."""
+        for parted in self._parted.values():
+            parted.members = None
+
+    def take_up_rules(self, groups: list[Group], finds: Finds) -> None:
+        """Make the parts, and the counts of steps, before anything is stepped or saved."""
+        for parted in self._up_to_date(groups, finds):
+            self._set_own_strength(parted)
+        self.is_cut_anew = False  # whoever brings rules has checked them
+
+    def begin_run(self, groups: list[Group], steps_done: int | None) -> None:
+        """Ask lengths and peaks anew, as a run begins.
+
+        Args:
+            groups: the param groups.
+            steps_done: the steps of the run that were done before, None for those that the param groups tell.
+        """
+        self.strengths.ask_anew()
+        for parted in self._up_to_date(groups):
+            group = parted.group
+            if steps_done == 0:
+                self._find_peak(parted)
+            if STEP_KEY in group:
+                told = int(group[STEP_KEY]) or self.strengths.steps_done()
+                group[STEP_KEY] = told if steps_done is None else steps_done
+            _forget_held(parted)
+            self._follow(parted)
+
+    def _find_peak(self, parted: Parted) -> None:
+        """An lr that somebody has set since is the peak from now on, as that of a learning rate finder.
+
+        Not the first lr of a warm-up, which an lr scheduler sets together with ``initial_lr``.
+        """
+        group = parted.group
+        lrs = as_number(group.get("lr")), as_number(group.get("initial_lr"))
+        if lrs[0] == parted.lrs[0]:
+            parted.peak_lr = max(parted.peak_lr, *lrs)
+        elif lrs[1] == parted.lrs[1]:
+            parted.peak_lr = lrs[0]
+        else:
+            parted.peak_lr = max(lrs)
+        parted.lrs = lrs
+        if PEAK_KEY in group:
+            group[PEAK_KEY] = parted.peak_lr
+
+    def refresh(self, groups: list[Group]) -> None:
+        """Set the λ of the next step in every param group that has a schedule itself: in all, or by an error in none.
+
+        Raises:
+            ValueError: for a length, or a peak of the lr, that is not known.
+        """
+        every = self._up_to_date(groups)
+        for parted in every:
+            for part in parted.parts if parted.is_cut else ():
+                if part.schedule is not None:
+                    self._strength(part.place, parted)
+            self._scheduled(parted)
+        for parted in every:
+            self._follow(parted)
+
+    def seen(self, groups: list[Group], finds: Finds | None = None) -> list[Parted]:
+        """Param groups with their parts as they are now; nothing is noted in them, or of them."""
+        every = [self._parted.get(id(group)) for group in groups]
+        if all(parted is not None and parted.is_up_to_date() for parted in every):
+            finds = {}
+        elif finds is None:
+            finds = self.find()
+        found = []
+        no_lists = _no_lists(groups)
+        for group, parted in zip(groups, every):
+            if parted is None or parted.group is not group or not parted.is_up_to_date():
+                parted = self._new(group)
+                parted.divide(finds, self._is_ours(group, finds), no_lists)
+            elif parted.is_cut:
+                parted.take_changes()
+            found.append(parted)
+        return found
+
+    def find(self) -> Finds:
+        """Where the rules put the parameters of their models."""
+        every = [layer.places.find() for layer in self.layers]
+        return {key: found for finds in reversed(every) for key, found in finds.items()}
+
+    def strength_of(self, part: Part, parted: Parted) -> Any:
+        """λ of a part at its last step, or before that at the next one."""
+        if part.held is not None:
+            return part.held
+        try:
+            return self._strength(part.place, parted)
+        except ValueError:  # before the run begins, its length is not known
+            return 0.0 if part.schedule is None else part.schedule.start or 0.0
+
+    def absorb(self, other: Parting) -> None:
+        """Take over the rules, and what is known of their param groups, from another."""
+        mine = [layer.places.module() for layer in self.layers]
+        self.layers += [layer for layer in other.layers if layer.places.module() not in mine]
+        self._parted = {**other._parted, **self._parted}
+        self.strengths.absorb(other.strengths)
+
+    def own_strengths(self, groups: Iterable[Group], places: Places) -> dict[str, Any]:
+        """λ of each param group that was built as decay group of some rules, by its name, as they are today."""
+        known = {name: (layer, value) for layer in self.layers for name, value in layer.own.items()}
+        found: dict[str, Any] = {}
+        for group in groups:
+            place = _own_place(group, places)
+            if place is None or place.rule is None or place.rule.decay_mult is None:
+                continue
+            name, held = place.group, group.get("weight_decay")
+            if name not in known or known[name][1] != held:
+                found[name] = held  # the factor is in it
+                continue
+            before = known[name][0].places.by_name[name].rule
+            factor = None if before is None else before.decay_mult
+            mult = place.rule.decay_mult
+            if factor == mult:
+                found[name] = held
+            else:
+                found[name] = mult * (held / factor if factor else as_number(self.defaults.get("weight_decay")))
+        return found
+
+    def _up_to_date(self, groups: list[Group], finds: Finds | None = None) -> list[Parted]:
+        """Param groups with their parts, made anew where that is needed."""
+        known = self._parted
+        found = []
+        stale = finds is not None
+        for group in groups:
+            parted = known.get(id(group))
+            if parted is None or parted.group is not group or not parted.is_up_to_date():
+                stale = True
+                break
+            if parted.is_cut and "weight_decay" in parted.take_changes():
+                self._warn_of_moved(parted)
+            found.append(parted)
+        return self._divide(groups, self.find() if finds is None else finds) if stale else found
+
+    def _divide(self, groups: list[Group], finds: Finds) -> list[Parted]:
+        known = {id(group): self._parted.get(id(group)) for group in groups}
+        gone = {
+            id(parted.members[0]): parted for key, parted in self._parted.items() if parted.members and key not in known
+        }
+        self.has_news, no_lists = True, _no_lists(groups)
+        done = max((int(parted.group.get(STEP_KEY, 0)) for parted in self._parted.values()), default=0)
+        found, replaced = [], []
+        for group in groups:
+            parted = self._parted.get(id(group))
+            if parted is None or parted.group is not group:
+                parted = self._parted[id(group)] = self._new(group)
+                before = gone.get(id(group["params"][0])) if group["params"] else None
+                if before is not None:
+                    replaced.append(parted)
+                    if PEAK_KEY not in group and "initial_lr" not in group:
+                        parted.peak_lr = max(parted.peak_lr, before.peak_lr)
+            was_cut = parted.is_cut
+            parted.divide(finds, self._is_ours(group, finds), no_lists)
+            self.is_cut_anew |= parted.is_cut and len(parted.parts) > 1 and not was_cut
+            self._note_schedule(parted, done)
+            found.append(parted)
+        if any(is_own(group, layer.places) for layer in self.layers for group in groups):
+            for parted in found:
+                if NAMES_KEY not in parted.group and all(parted.names):
+                    parted.group[NAMES_KEY] = list(parted.names)
+                    parted.take_changes()
+        if replaced:
+            self._take_up(replaced)
+        return found
+
+    def _new(self, group: Group) -> Parted:
+        parted = Parted(group, self.defaults)
+        parted.peak_lr = as_number(group.get(PEAK_KEY)) or first_peak(group)
+        return parted
+
+    def _note_schedule(self, parted: Parted, done: int) -> None:
+        """Have the plain keys in a param group that its schedule needs, and no others."""
+        group = parted.group
+        schedule = schedule_of(group)
+        if parted.is_cut and parted.is_scheduled:
+            group.setdefault(STEP_KEY, done)
+        elif schedule is None or parted.is_cut:
+            group.pop(STEP_KEY, None)
+        else:
+            group.setdefault(STEP_KEY, 0)
+            if "peak_lr" in FIELDS[schedule.schedule]:
+                group.setdefault(PEAK_KEY, parted.peak_lr)
+        parted.take_changes()
+
+    # After a state was loaded.
+
+    def loaded(self, groups: list[Group], steps_done: Callable[[bool], int]) -> None:
+        """Take up a state that was loaded: the steps it tells, and the rules' λ over its own.
+
+        Args:
+            groups: the param groups, which torch makes anew.
+            steps_done: tells the steps that the optimizer itself has counted; asked with whether the groups tell, too,
+                which may be too few: without rules nobody counts there.
+        """
+        told = [int(group[STEP_KEY]) for group in groups if STEP_KEY in group]
+        every = self._up_to_date(groups)
+        self._take_up(every)
+        counting = [group for group in groups if STEP_KEY in group]
+        if counting:
+            own = steps_done(bool(told))
+            steps = max(told, default=0)
+            # What torch.distributed.checkpoint steps to have a state, an optimizer counts, too.
+            steps = own if own > steps + 1 or not told else steps
+            for group in counting:
+                group[STEP_KEY] = steps
+        for parted in every:
+            parted.take_changes()
+            with contextlib.suppress(ValueError):  # before the run begins, its length is not known
+                self._follow(parted)
+
+    def _take_up(self, every: list[Parted]) -> None:
+        """The rules' λ over that of a checkpoint."""
+        self.strengths.ask_anew()
+        for parted in every:
+            self._set_own_strength(parted)
+            _forget_held(parted)
+
+    def _set_own_strength(self, parted: Parted) -> None:
+        """Over what a checkpoint brought, the rules' λ of a param group that was built as decay group."""
+        places = [place for layer in self.layers if (place := _own_place(parted.group, layer.places)) is not None]
+        if parted.is_cut or not places or places[0].rule is None:
+            return
+        group, rule = parted.group, places[0].rule
+        if isinstance(rule.weight_decay, DecaySchedule):
+            group[SCHEDULE_KEY] = rule.weight_decay.as_dict()
+            group.setdefault(STEP_KEY, 0)
+        else:
+            group.pop(SCHEDULE_KEY, None)
+            group.pop(STEP_KEY, None)
+            held = group.get("weight_decay")
+            value = rule.weight_decay if rule.decay_mult is None else self._own(places[0].group, held)
+            if value != held:
+                group["weight_decay"] = value
+
+    # Strengths.
+
+    def _own(self, name: str, other: Any) -> Any:
+        """λ of the param group that was built as a decay group, another where none was."""
+        return next((layer.own[name] for layer in self.layers if name in layer.own), other)
+
+    def _is_ours(self, group: Group, finds: Finds) -> bool:
+        """Whether a param group is one that was built as decay group, with the parameters that it is to have."""
+        for layer in self.layers:
+            place = _own_place(group, layer.places)
+            if place is not None:
+                found = (finds.get(id(parameter)) for parameter in group["params"])
+                return all(one is None or one.place is place for one in found)
+        return False
+
+    def _strength(self, place: Place, parted: Parted) -> Any:
+        """λ of a rule for the next step."""
+        rule = place.rule
+        if rule is None:
+            return parted.group.get("weight_decay")
+        if isinstance(rule.weight_decay, DecaySchedule):
+            return self.strengths.weight_decay(rule.weight_decay, parted.group, _peak(parted), place.group)
+        if rule.decay_mult is None:
+            return rule.weight_decay
+        given = parted.group.get("weight_decay", self.defaults.get("weight_decay"))
+        return self._own(place.group, rule.decay_mult * (0.0 if given is None else given))
+
+    def _scheduled(self, parted: Parted) -> float | None:
+        """λ for the next step of a param group that has a schedule itself."""
+        group = parted.group
+        schedule = schedule_of(group)
+        if schedule is None or parted.is_cut:
+            return None
+        name = str(group.get("name"))
+        if parted.weight_decay is not None and float(group["weight_decay"]) != parted.weight_decay:
+            raise RuntimeError(
+                f"two schedules set the weight decay of group {name!r}: that of its decay rule has set "
+                f"{parted.weight_decay:g}, and something else {float(group['weight_decay']):g}; take one of them "
+                "away"
+            )
+        return self.strengths.weight_decay(schedule, group, _peak(parted), name)
+
+    def _follow(self, parted: Parted) -> None:
+        """Set the λ of a param group that has a schedule itself."""
+        value = self._scheduled(parted)
+        if value is None:
+            return
+        held = parted.group.get("weight_decay")
+        if isinstance(held, Tensor):  # which spares a compiled step a compilation for each new value
+            held.fill_(value)
+            value = float(held)
+        else:
+            parted.group["weight_decay"] = value
+        parted.weight_decay = value
+
+    def _warn_of_moved(self, parted: Parted) -> None:
+        by_number = [
+            part.place.group for part in parted.parts if part.place.rule and part.place.rule.decay_mult is None
+        ]
+        if by_number and not self._has_moved:
+            self._has_moved = True
+            rank_zero_warn(
+                f"the weight decay of a param group was set to {as_number(parted.group.get('weight_decay')):g} while "
+                f"training: decay rules that give λ hold against it (in groups {', '.join(by_number)}); rules with "
+                "decay_mult follow it, and a schedule moves λ by itself"
+            )
+
+
+def _no_lists(groups: Iterable[Group]) -> frozenset[str]:
+    """The options that are lists in param groups, and in some of another length than their parameters."""
+    return frozenset(
+        key
+        for group in groups
+        for key, value in group.items()
+        if type(value) is list and len(value) != len(group["params"])
+    )
+
+
+def is_own(group: Mapping[str, Any], places: Places) -> bool:
+    """Whether a param group was built as decay group of some rules."""
+    return _own_place(group, places) is not None
+
+
+def _own_place(group: Mapping[str, Any], places: Places) -> Place | None:
+    """The place of a param group that was built as decay group, by its name and the names of its members."""
+    return places.by_name.get(str(group.get("name"))) if NAMES_KEY in group else None
+
+
+def _forget_held(parted: Parted) -> None:
+    parted.weight_decay = None
+    for part in parted.parts:
+        part.held = None
+
+
+def _peak(parted: Parted) -> float:
+    return as_number(parted.group.get("max_lr", parted.peak_lr))

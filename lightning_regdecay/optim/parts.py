@@ -1,0 +1,260 @@
+"""What an optimizer steps over in the place of one param group: parts of it, a decay group each.
+
+Parts live on between steps, as an optimizer may count something in each. What is set in their param group reaches every
+part, what the optimizer writes into a part reaches their param group.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Container, Iterable, Mapping
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_regdecay.groups.places import OUTSIDE, Finds, Place
+from lightning_regdecay.optim.seen import NOTHING, Changes, Group, Seen, copied, is_mutable
+from lightning_regdecay.optim.strengths import as_number
+from lightning_regdecay.rules.schedules import STEP_KEY, DecaySchedule
+
+
+class Part:
+    """A copy of a param group with the parameters of one decay group and its λ."""
+
+    __slots__ = ("group", "held", "is_set", "number", "numbers", "place", "seen")
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.seen = Seen(group)
+        """Its values when the optimizer came."""
+        self.place = OUTSIDE
+        self.numbers: list[int] = []
+        """The numbers of its parameters in their param group."""
+        self.number: float | None = None
+        """λ of the rule, where that is a number."""
+        self.held: float | None = None
+        """λ at the last step, where it is on a schedule."""
+        self.is_set = False
+        """Whether λ is set for the step under way."""
+
+    def put(self, place: Place, numbers: list[int]) -> None:
+        """Give it the place and the parameters that it has from now on."""
+        self.place, self.numbers, self.is_set = place, numbers, False
+        rule = place.rule
+        self.number = rule.weight_decay if rule is not None and isinstance(rule.weight_decay, float) else None
+
+    @property
+    def schedule(self) -> DecaySchedule | None:
+        """The schedule of λ, where the rule has one."""
+        strength = None if self.place.rule is None else self.place.rule.weight_decay
+        return strength if isinstance(strength, DecaySchedule) else None
+
+    def set_weight_decay(self, value: Any) -> None:
+        """Set λ; a tensor stays the same tensor, which spares a compiled step a compilation for each new value."""
+        self.is_set = True
+        own = self.group.get("weight_decay")
+        if isinstance(own, Tensor):
+            own.fill_(value)
+        elif own is value or own == value:
+            return
+        else:
+            self.group["weight_decay"] = value
+        self.seen.note(self.group, "weight_decay")
+
+
+class Parted:
+    """One of their param groups with its parts.
+
+    Args:
+        group: the param group.
+        defaults: the ``defaults`` of the optimizer. Tensors there are shared by all param groups.
+    """
+
+    __slots__ = (
+        "_before",
+        "_defaults",
+        "_no_lists",
+        "group",
+        "is_cut",
+        "is_on_meta",
+        "lrs",
+        "members",
+        "names",
+        "parts",
+        "peak_lr",
+        "seen",
+        "weight_decay",
+    )
+
+    def __init__(self, group: Group, defaults: Mapping[str, Any]) -> None:
+        self.group = group
+        self._defaults = defaults
+        self._no_lists: Container[str] = ()
+        self.members: list[Tensor] | None = None
+        """The parameters that the parts were made of; None before, and where they are to be made anew."""
+        self._before: list[Tensor] = []
+        self.names: list[str] = []
+        """Of the members in the model, empty for one that is of no model."""
+        self.parts: list[Part] = []
+        self.is_cut = False
+        """Whether the parts take its place in a step."""
+        self.seen = Seen(group)
+        self.lrs = as_number(group.get("lr")), as_number(group.get("initial_lr"))
+        """Its ``lr`` and ``initial_lr`` when the peak was found."""
+        self.peak_lr: float = 0.0
+        self.weight_decay: float | None = None
+        """λ that a schedule has set in the group itself."""
+        self.is_on_meta = False
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a rule with a schedule takes members of it."""
+        return any(part.schedule is not None for part in self.parts)
+
+    def is_up_to_date(self) -> bool:
+        """Whether the group has the members that the parts were made of."""
+        members, known = self.group["params"], self.members
+        return known is not None and len(members) == len(known) and all(map(is_, members, known))
+
+    def divide(self, finds: Finds, keep: bool, no_lists: Container[str]) -> None:
+        """Make a part for every place that the members have, in the order of these; parts that were there go on.
+
+        Args:
+            finds: where the parameters are.
+            keep: leave the group itself in the step.
+            no_lists: options that have no entry for each parameter, as other param groups show.
+        """
+        self._no_lists = no_lists
+        members = list(self.group["params"])
+        found = [finds.get(id(parameter)) for parameter in members]
+        numbers: dict[Place, list[int]] = {}
+        for number, one in enumerate(found):
+            numbers.setdefault(OUTSIDE if one is None else one.place, []).append(number)
+        before = {id(parameter): part for part in self.parts for parameter in part.group["params"]}
+        self.parts = []
+        for place, own in numbers.items():
+            part = before.get(id(members[own[0]]))
+            if part is None or part in self.parts:
+                part = Part(copy.copy(self.group))
+                part.group["params"] = []
+            part.put(place, own)
+            self.parts.append(part)
+        self.is_cut = not keep and any(place.rule is not None for place in numbers)
+        names = dict(zip(map(id, self.members or self._before), self.names))
+        self.members = self._before = members
+        # Of one that the model has let go of, the name that it had.
+        self.names = [names.get(id(p), "") if one is None else one.name for p, one in zip(members, found)]
+        self.is_on_meta = any(parameter.is_meta for parameter in members)
+        self.take_changes()
+        self.seen.note(self.group, "params")
+        for part in self.parts:
+            for key in [*self.group]:
+                self._give(part, key)
+            part.group.pop(STEP_KEY, None)
+            part.seen = Seen(part.group)
+
+    def take_changes(self) -> list[str]:
+        """Give the parts what was set in their param group since; the keys of it."""
+        set_now = self.seen.changes(self.group)
+        if set_now is NOTHING:
+            return []
+        changed, gone = set_now
+        for part in self.parts:
+            for key in changed:
+                self._give(part, key, anew=True)
+            for key in gone:
+                part.group.pop(key, None)
+            part.seen = Seen(part.group)
+            part.is_set = part.is_set and "weight_decay" not in changed
+        self.seen = Seen(self.group)
+        return changed
+
+    def write_back(self) -> None:
+        """Put into their param group what the optimizer has written into the parts."""
+        every = [part.seen.changes(part.group) for part in self.parts]
+        if all(changes is NOTHING for changes in every):
+            return
+        for part, (changed, gone) in zip(self.parts, every):
+            by_rule = [] if part.place.rule is None else ["weight_decay"]
+            for key in changed:
+                if key not in by_rule:
+                    self._put(part, key, every)
+            for key in gone:
+                if key not in by_rule:
+                    self.group.pop(key, None)
+        self.seen = Seen(self.group)
+        for part in self.parts:
+            part.seen = Seen(part.group)
+
+    def _give(self, part: Part, key: str, anew: bool = False) -> None:
+        """Put an option of their param group into a part.
+
+        Args:
+            part: the part.
+            key: the option.
+            anew: it was set; else a part that has its own keeps it.
+        """
+        value = self.group[key]
+        own = part.group.get(key)
+        if key == STEP_KEY:
+            return
+        if self._is_list(key):
+            entries = [value[number] for number in part.numbers]
+            if own is not value and type(own) is list:
+                own[:] = entries
+            else:
+                part.group[key] = entries
+        elif not anew and key in part.group and own is not value:
+            return
+        elif self._is_counted_in(part, key):
+            part.group[key] = value.detach().clone() if isinstance(value, Tensor) else copied(value)
+        else:
+            part.group[key] = value
+
+    def _is_counted_in(self, part: Part, key: str) -> bool:
+        """Whether an option is one that a part is to have a copy of, as something may be written into it."""
+        value = self.group[key]
+        if key == "weight_decay" and part.place.rule is not None:
+            return isinstance(value, Tensor)
+        if len(self.parts) == 1 or not (isinstance(value, Tensor) or is_mutable(value)):
+            return False
+        return key not in self._defaults or key == "weight_decay"
+
+    def _put(self, part: Part, key: str, every: Iterable[Changes]) -> None:
+        """Put an option of a part into their param group."""
+        value, own = part.group[key], self.group.get(key)
+        if key == "params":
+            return
+        if self._is_list(key):
+            for number, entry in zip(part.numbers, value):
+                self.group[key][number] = entry
+        elif all(key in changed for changed, _ in every) and self._is_list_of_parts(key):
+            if part is self.parts[-1]:
+                entries = {n: e for one in self.parts for n, e in zip(one.numbers, one.group[key])}
+                self.group[key] = [entries[number] for number in range(len(entries))]
+        elif isinstance(value, Tensor) and value is not own:
+            if isinstance(own, Tensor) and own.shape == value.shape:
+                with torch.no_grad():
+                    own.copy_(value)
+            else:
+                self.group[key] = value.detach().clone()
+        else:
+            self.group[key] = value if len(self.parts) == 1 else copied(value)
+
+    def _is_list(self, key: str) -> bool:
+        """Whether an option is a list with an entry for each parameter, as ``params`` and ``param_names``."""
+        value = self.group.get(key)
+        return key == "params" or (
+            type(value) is list
+            and len(value) == len(self.group["params"])
+            and self._defaults.get(key) is None
+            and key not in self._no_lists
+        )
+
+    def _is_list_of_parts(self, key: str) -> bool:
+        """Whether the optimizer has just made a list with an entry for each parameter in every part."""
+        return key not in self.group and all(
+            type(part.group[key]) is list and len(part.group[key]) == len(part.numbers) for part in self.parts
+        )

@@ -1,0 +1,404 @@
+"""What goes on in a step: rules in force while the optimizer's own code runs, and out of force for all other code.
+
+Each list of param groups is filled with what the rules make of it right before the code of the optimizer runs, and
+holds what it held before while a closure runs, while hooks of others run, and when the step has ended.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import is_
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+from lightning_regdecay.optim.frames import (
+    caller_of,
+    flat_state_to_load,
+    is_alive,
+    is_called_by_deepspeed,
+    is_rehearsal,
+    is_running,
+)
+from lightning_regdecay.optim.holders import shared_lists
+from lightning_regdecay.optim.parting import Parting
+from lightning_regdecay.optim.seen import Group
+from lightning_regdecay.rules.schedules import STEP_KEY
+
+_LONGEST_STEP, _TICK = 60.0, 1e-3  # in seconds
+
+
+class Room(Protocol):
+    """What a step needs to know of the optimizers."""
+
+    parting: Parting
+    is_armed: bool
+    fit_is_over: Callable[[], bool]
+
+    @property
+    def members(self) -> list[Any]:
+        """The optimizers that step over the same param groups."""
+
+    def is_leaf(self, optimizer: Any) -> bool:
+        """Whether an optimizer steps by itself, and is no wrapper of another."""
+
+    def place_of_closure(self, optimizer: Any) -> int | None:
+        """The number of the argument ``closure`` of ``step``, ``self`` counted."""
+
+    def check(self) -> None:
+        """Raise where they cannot have their param groups cut."""
+
+    def ended(self) -> None:
+        """Note that a step was done."""
+
+
+@dataclass
+class _Swap:
+    """A list of param groups: what is in it during a step, and what outside."""
+
+    groups: list[Group]
+    inside: list[Group]
+    outside: list[Group]
+
+
+@dataclass
+class _Level:
+    """A call of ``step`` inside of which the optimizer's own code runs."""
+
+    optimizer: Any
+    frame: FrameType
+    """Of the function that runs it, which tells a step under way from one that ended by an exception."""
+
+
+@dataclass
+class _Step:
+    """A step under way."""
+
+    levels: list[_Level]
+    """Calls of ``step`` inside each other."""
+    is_turn: bool
+    """Whether it goes on with a step of DeepSpeed's."""
+    version: int | None
+    """Of the parameters, where their change tells a step."""
+    thread: int = field(default_factory=threading.get_ident)
+    swaps: list[_Swap] = field(default_factory=list)
+    is_cut: bool = False
+    done: list[Any] = field(default_factory=list)
+    """Optimizers whose own step has ended, wrappers aside."""
+    counts: list[tuple[Group, int]] = field(default_factory=list)
+    """What is counted at its end."""
+
+
+class _Entry(NamedTuple):
+    """How things stood when our layer was entered."""
+
+    step: _Step | None
+    depth: int
+    is_cut: bool
+
+
+class Stepping:
+    """The steps of optimizers that share their param groups.
+
+    Args:
+        room: the optimizers.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self._step: _Step | None = None
+        self._layers = 0
+        """Calls of our layer that are running, each of which leaves nothing behind."""
+        self._is_paused = False
+        self._turns: set[int] = set()
+
+    # Hooks of an optimizer, and what our layer calls in their place.
+
+    def first(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """The first step pre-hook: hooks of others come next."""
+        self.go_out()
+
+    def before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The last step pre-hook: the code of the optimizer comes next."""
+        if not self.room.is_armed or self.room.fit_is_over():
+            return None
+        self.begin(optimizer, caller_of(Stepping.before))
+        return self.with_closure_outside(self.room.place_of_closure(optimizer), args, kwargs)
+
+    def after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """The first step post-hook: hooks of others come next."""
+        self.end(optimizer, caller_of(Stepping.after))
+
+    def last(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """The last step post-hook: the code of an optimizer around this one comes next."""
+        self.go_in()
+
+    def enter(self) -> _Entry:
+        """Enter our layer; what :meth:`leave` is to be called with, whatever happens meanwhile."""
+        self.mend()
+        self._layers += 1
+        step = self._step
+        return _Entry(None, 0, False) if step is None else _Entry(step, len(step.levels), step.is_cut)
+
+    def leave(self, entry: _Entry) -> None:
+        """Leave our layer: all is as it was when it was entered."""
+        self._layers -= 1
+        step = entry.step
+        if step is None:
+            if self._step is not None:
+                self._drop(self._step)
+        elif len(step.levels) > entry.depth or self._step is not step or step.is_cut != entry.is_cut:  # by an exception
+            del step.levels[entry.depth :]
+            self._step = step
+            self._go_on(step) if entry.is_cut else self._take_out(step)
+
+    def begin(self, optimizer: Any, frame: FrameType) -> None:
+        """Put the rules in force: the code of the optimizer is about to run.
+
+        Args:
+            optimizer: one of the room.
+            frame: of the function that runs it.
+        """
+        self.mend()
+        level = _Level(optimizer, frame)
+        if self._step is not None:
+            self._step.levels.append(level)
+            self._go_on(self._step)
+            return
+        if is_rehearsal(optimizer.param_groups):  # which moves nothing, before the length of the run is known
+            _allow_states_without_counts(optimizer.param_groups)
+            return
+        is_turn = is_called_by_deepspeed() and not self._begins_step(optimizer)
+        step = _Step([level], is_turn, self._version(optimizer))
+        parting, lists = self.room.parting, shared_lists(self.room.members)
+        parting.begin(lists, set_schedules=not is_turn)  # all is made, and may fail, before anything moves
+        self._check()
+        step.swaps = [_Swap(groups, self._inside(groups), list(groups)) for groups in lists]
+        self._step = step
+        _move_in(step)
+
+    def end(self, optimizer: Any, frame: FrameType) -> None:
+        """Put the rules out of force: the code of the optimizer has run."""
+        step = self._step
+        if step is None:
+            return
+        self._take_out(step)
+        depths = [depth for depth, level in enumerate(step.levels) if level.frame is frame]
+        del step.levels[depths[-1] if depths else -1 :]
+        # By `found_inf` GradScaler lets fused optimizers skip a step.
+        if self.room.is_leaf(optimizer) and not bool(getattr(optimizer, "found_inf", None) or 0):
+            step.done.append(optimizer)
+        if not step.levels:
+            step.counts = self._counts(step, optimizer)
+            self._drop(step)
+            self.room.ended()
+
+    def go_out(self) -> None:
+        """Put the rules out of force for hooks of others, inside of a step."""
+        if self._step is not None:
+            self.mend()
+            if self._step is not None:
+                self._take_out(self._step)
+
+    def go_in(self) -> None:
+        """Put the rules in force again, inside of a step."""
+        if self._step is not None:
+            self._go_on(self._step)
+
+    def with_closure_outside(
+        self, place: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of ``step`` with a closure that sees what is outside.
+
+        Args:
+            place: the number of the argument ``closure``, None for a ``step`` without.
+            args: those without names.
+            kwargs: those with names.
+        """
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self.outside(kwargs["closure"])}
+        if place is not None and place < len(args) and callable(args[place]):
+            return (*args[:place], self.outside(args[place]), *args[place + 1 :]), kwargs
+        return args, kwargs
+
+    def outside(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """A closure that sees what is outside."""
+
+        @functools.wraps(closure, updated=())
+        def outside(*args: Any, **kwargs: Any) -> Any:
+            step = self._step
+            if step is None:
+                return closure(*args, **kwargs)
+            self._take_out(step)
+            self._step = None
+            try:
+                result = closure(*args, **kwargs)
+            except BaseException:
+                if self._layers:  # which clean up, should nobody catch it
+                    self._step = step
+                    self._go_on(step)
+                raise
+            self._step = step
+            self._go_on(step)
+            return result
+
+        return outside
+
+    # Called from anywhere.
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the rules are in force at this moment."""
+        return self._step is not None and self._step.is_cut
+
+    def pause(self, *_: Any) -> None:
+        """The hook before a state is saved or loaded: rules out of force until :meth:`resume`, should that come."""
+        self.mend()
+        step = self._step
+        if step is None:
+            return
+        if step.thread != threading.get_ident():
+            _wait_while(lambda: self._step is step)  # the step of another thread, whose end is near
+        elif step.is_cut:
+            self._take_out(step)
+            self._is_paused = True
+
+    def resume(self, *_: Any) -> None:
+        """The hook after that: rules in force where they were."""
+        is_paused, self._is_paused = self._is_paused, False
+        if is_paused and self._step is not None:
+            self._go_on(self._step)
+
+    def mend(self) -> None:
+        """Put back what a step left behind that ended by an exception, called past our layer."""
+        step = self._step
+        if step is None:
+            return
+        levels = [level for level in step.levels if is_running(level.frame)]
+        if levels:
+            step.levels = levels
+        elif step.thread == threading.get_ident() or not is_alive(step.thread):
+            self._drop(step)
+
+    def theirs(self, groups: list[Group]) -> list[Group]:
+        """The param groups of a list as they are outside of a step. Nothing is changed."""
+        return list(groups) if self._step is None else self._back(groups)
+
+    # The parts of these.
+
+    def _go_on(self, step: _Step) -> None:
+        """Put the rules in force again, with what was set meanwhile."""
+        if step.is_cut:
+            return
+        lists = [swap.groups for swap in step.swaps]
+        lists += [groups for groups in shared_lists(self.room.members) if all(groups is not one for one in lists)]
+        self.room.parting.go_on([group for groups in lists for group in groups])
+        self._check()
+        before = {id(swap.groups): swap for swap in step.swaps}
+        step.swaps = [self._swap(groups, before.get(id(groups))) for groups in lists]
+        _move_in(step)
+
+    def _swap(self, groups: list[Group], before: _Swap | None) -> _Swap:
+        inside = self._inside(groups)
+        if before is not None and _same(groups, before.outside):
+            known = {id(group) for group in inside}
+            if all(id(group) in known for group in before.inside):
+                inside = before.inside  # of a list of its own, the optimizer may have chosen some parts only
+        return _Swap(groups, inside, list(groups))
+
+    def _take_out(self, step: _Step) -> None:
+        """Put the rules out of force: the lists first, then what was written into the parts."""
+        if not step.is_cut:
+            return
+        for swap in step.swaps:
+            if _same(swap.groups, swap.inside):
+                swap.groups[:] = swap.outside
+            else:
+                swap.inside, swap.outside = list(swap.groups), self._back(swap.groups)
+                swap.groups[:] = swap.outside
+        for groups in shared_lists(self.room.members):
+            if all(groups is not swap.groups for swap in step.swaps):  # one that the optimizer has put in its place
+                step.swaps.append(_Swap(groups, list(groups), self._back(groups)))
+                groups[:] = step.swaps[-1].outside
+        step.is_cut = False
+        self.room.parting.write_back()
+
+    def _drop(self, step: _Step) -> None:
+        """End a step; again, if it was interrupted here."""
+        self._take_out(step)
+        self.room.parting.write_back()
+        self.room.parting.set_counts(step.counts)
+        self._step = None
+
+    def _inside(self, groups: list[Group]) -> list[Group]:
+        inside = self.room.parting.inside
+        return [part for group in groups for part in inside(group)]
+
+    def _back(self, groups: list[Group]) -> list[Group]:
+        """A list of param groups as it is outside: each once for all its parts; what came meanwhile stays."""
+        owners = self.room.parting.owners()
+        back = {id(group): group for group in (owners.get(id(one), one) for one in groups)}
+        return list(back.values())
+
+    def _check(self) -> None:
+        if self.room.parting.is_cut_anew:
+            self.room.check()
+            self.room.parting.is_cut_anew = False
+
+    def _counts(self, step: _Step, optimizer: Any) -> list[tuple[Group, int]]:
+        """The counts of param groups whose optimizers have done a step of the training."""
+        done = step.done
+        if not done and step.version != self._version(optimizer):  # a wrapper that has moved the weights by itself
+            done = [optimizer]
+        groups = {id(group): group for one in done for group in one.param_groups if STEP_KEY in group}
+        if not groups or step.is_turn:
+            return []
+        return self.room.parting.counts(groups.values())
+
+    def _version(self, optimizer: Any) -> int | None:
+        """A number that changes with the parameters, for an optimizer that leaves the step to others."""
+        if self.room.is_leaf(optimizer):
+            return None
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        return sum(0 if p.is_inference() else p._version for p in params)
+
+    def _begins_step(self, optimizer: Any) -> bool:
+        """Whether a call is the first of a step of DeepSpeed ZeRO-3 (0.19), which makes one for each part of a group.
+
+        Each has another first parameter, so the next step begins where one had its turn already.
+        """
+        first = next((id(group["params"][0]) for group in optimizer.param_groups if group["params"]), 0)
+        begins = not self._turns or first in self._turns
+        if begins:
+            self._turns.clear()
+        self._turns.add(first)
+        return begins
+
+
+def _move_in(step: _Step) -> None:
+    step.is_cut = True
+    for swap in step.swaps:
+        if not _same(swap.inside, swap.groups):
+            swap.groups[:] = swap.inside
+
+
+def _allow_states_without_counts(groups: list[Group]) -> None:
+    """Leave out the count of steps where a flattened state is to be loaded, which torch asks for all keys of groups."""
+    state = flat_state_to_load()
+    if state is not None and not any(str(key).endswith(f".{STEP_KEY}") for key in state):
+        for group in groups:
+            group.pop(STEP_KEY, None)
+
+
+def _wait_while(condition: Callable[[], bool]) -> None:
+    waited = 0.0
+    while condition() and waited < _LONGEST_STEP:
+        time.sleep(_TICK)
+        waited += _TICK
+
+
+def _same(a: list[Group], b: list[Group]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))

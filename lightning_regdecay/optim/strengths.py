@@ -1,0 +1,127 @@
+"""Which λ a rule means for a param group at this moment: lengths of the run, peaks of the lr, steps done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.fabric.utilities import rank_zero_warn
+
+from lightning_regdecay.rules.scalars import positive_number
+from lightning_regdecay.rules.schedules import FIELDS, STEP_KEY, DecaySchedule
+
+Lengths = Mapping[str, float]
+
+
+class Strengths:
+    """The λ of schedules, over lengths that the user has given or a Trainer knows."""
+
+    def __init__(self) -> None:
+        self.ask: Callable[[], Lengths] = dict
+        """Tells what is known of ``total_steps`` and ``steps_per_epoch`` of the run."""
+        self.steps_done: Callable[[], int] = lambda: 0
+        """Tells the optimizer steps that the run has done, as far as it is known."""
+        self.given: Lengths = {}
+        """Lengths of the user's."""
+        self._asked: Lengths = {}
+        self._warned: set[str] = set()
+
+    def give(self, given: Lengths) -> None:
+        """Take lengths of the user's, which stay; one that is not given stays what it was."""
+        self.given = {**self.given, **given}
+
+    def absorb(self, other: Strengths) -> None:
+        """Take over what is known of the run from another."""
+        self.given = {**other.given, **self.given}
+
+    def ask_anew(self) -> None:
+        """Forget what was asked: a run begins."""
+        self._asked = {}
+        self._warned.clear()
+
+    def weight_decay(self, schedule: DecaySchedule, group: Mapping[str, Any], peak_lr: float, name: str) -> float:
+        """λ of a schedule for the next step of a param group.
+
+        Args:
+            schedule: the schedule.
+            group: the param group, with its ``lr`` and the count of its steps.
+            peak_lr: the peak of its lr, as far as it is known.
+            name: what the group is called.
+
+        Raises:
+            ValueError: where a length that is needed is not known, or the peak of the lr is 0.
+        """
+        delay = self._in_steps(name, schedule.delay_steps, schedule.delay_epochs) or 0
+        length = self._in_steps(name, schedule.steps, schedule.epochs)
+        if length is None and "steps" in FIELDS[schedule.schedule]:
+            length = max(round(self._length(name, "total_steps")) - delay, 1)
+        step = int(group.get(STEP_KEY, 0))
+        if "peak_lr" not in FIELDS[schedule.schedule]:
+            return schedule.value(step, length=length, delay=delay)
+        peak = schedule.peak_lr or peak_lr
+        if peak <= 0:
+            raise ValueError(
+                f"the schedule of group {name!r} needs the peak of the lr, which is {peak:g} as far as can be seen "
+                "here; give the schedule peak_lr"
+            )
+        lr = as_number(group.get("lr"))
+        if schedule.schedule == "follow_lr" and lr > peak:
+            self._warn_of_higher_lr(name, lr, peak)
+        return schedule.value(step, length=length, lr=lr, peak_lr=peak)
+
+    def _warn_of_higher_lr(self, name: str, lr: float, peak_lr: float) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            rank_zero_warn(
+                f"the lr of group {name!r} is {lr:g}, above the peak {peak_lr:g} that its schedule follow_lr reckons "
+                "with: λ stays at its start there; give the schedule peak_lr"
+            )
+
+    def _in_steps(self, name: str, steps: int | None, epochs: float | None) -> int | None:
+        """A time in optimizer steps, where it is given."""
+        if epochs is None:
+            return steps
+        return max(round(epochs * self._length(name, "steps_per_epoch")), 1 if epochs else 0)
+
+    def _length(self, name: str, which: str) -> float:
+        if which in self.given:
+            return self.given[which]
+        if not self._asked:  # before a run begins, nothing is known yet
+            self._asked = self.ask()
+        if which not in self._asked:
+            of = "run" if which == "total_steps" else "epoch"
+            raise ValueError(
+                f"the schedule of group {name!r} needs the length of the {of}, which is not known here; give the "
+                "schedule its times in steps, or call lightning_regdecay.schedule_weight_decay(optimizer, "
+                "total_steps=..., steps_per_epoch=...)"
+            )
+        return self._asked[which]
+
+
+def lengths(*, total_steps: float | None, steps_per_epoch: float | None) -> Lengths:
+    """The lengths that a user has given, checked.
+
+    Raises:
+        TypeError: for a length that is no number.
+        ValueError: for one that is not above 0.
+    """
+    found = {
+        "total_steps": positive_number("total_steps", total_steps),
+        "steps_per_epoch": positive_number("steps_per_epoch", steps_per_epoch),
+    }
+    return {name: length for name, length in found.items() if length is not None}
+
+
+TELLS_NO_STEPS = (
+    "the checkpoint does not tell how many optimizer steps were done: schedules of the weight decay begin anew"
+)
+
+
+def as_number(value: Any) -> float:
+    """An option as a number, 0 where it is None (as the lr of transformers' Adafactor)."""
+    return 0.0 if value is None else float(value)
+
+
+def first_peak(group: Mapping[str, Any]) -> float:
+    """The highest lr that a param group is to have, as far as its own values tell."""
+    return max(as_number(group.get("lr")), as_number(group.get("initial_lr")))
