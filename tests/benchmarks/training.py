@@ -21,7 +21,7 @@ from helpers import trainer
 from measuring import Row, Sizes, against, seconds_in_turn, time_text
 from models import VIT_RULES, ViT
 
-from lightning_regdecay import WeightDecayMixin, WeightDecayMonitor, build_decay_groups
+from lightning_regdecay import WeightDecayMixin, WeightDecayMonitor, apply_decay_rules, build_decay_groups
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WITHOUT = "groups by hand, no monitor"
@@ -133,8 +133,18 @@ def epochs(
     yield Row("the monitor's hooks", on, time_text(own), "the epoch", time_text(epoch), own / epoch, "≤ 0.01")
 
 
+def with_rules_in_its_steps(module: LitViT) -> torch.optim.Optimizer:
+    """Two param groups of somebody else's, under the rules."""
+    decay = [p for p in module.parameters() if p.ndim > 1]
+    others = [p for p in module.parameters() if p.ndim <= 1]
+    optimizer = module.build_optimizer([{"params": decay}, {"params": others}])
+    apply_decay_rules(optimizer, module, VIT_RULES)
+    return optimizer
+
+
 STEPS: dict[str, Callable[[LitViT], torch.optim.Optimizer]] = {
     "ours": lambda module: module.configure_optimizers(),
+    "rules in the steps of theirs": with_rules_in_its_steps,
     "the same groups by hand": lambda module: module.build_optimizer(groups_by_hand(module, VIT_RULES)),
     "a group for each parameter": lambda module: module.build_optimizer(
         [{**group, "params": [p]} for group in groups_by_hand(module, VIT_RULES) for p in group["params"]]
@@ -145,12 +155,31 @@ STEPS: dict[str, Callable[[LitViT], torch.optim.Optimizer]] = {
 def steps(sizes: Sizes, vit: dict[str, Any]) -> Iterator[Row]:
     """An optimizer step over our groups, over the same by hand, and over a group for each parameter."""
     for kind in ("fused", "foreach"):
-        calls = {}
+        built = {}
         for name, build in STEPS.items():
             module = LitViT(**vit)
             module.options = {kind: True}
             for parameter in module.parameters():
                 parameter.grad = torch.full_like(parameter, 1e-3)
-            calls[name] = build(module).step
-        seconds = seconds_in_turn(calls, 3 * sizes.rounds)
+            built[name] = module, build(module)
+        seconds = seconds_in_turn({name: optimizer.step for name, (_, optimizer) in built.items()}, 3 * sizes.rounds)
+        theirs = seconds.pop("rules in the steps of theirs")
         yield from against(f"AdamW step, {kind}", "ViT-S", seconds, "ours", {"the same groups by hand": "1.00"})
+        pair = {"ours": theirs, "the same groups by hand": seconds["the same groups by hand"]}
+        yield from against(f"AdamW step, {kind}, rules in the steps of theirs", "ViT-S", pair, "ours", {})
+    yield from many_groups(sizes)
+
+
+def many_groups(sizes: Sizes) -> Iterator[Row]:
+    """What the rules add to a step over many param groups of somebody else's, each cut in two."""
+    count = 20 if sizes.small else 1500
+    module = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(count)))
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.SGD([{"params": layer.parameters()} for layer in module], lr=0.0)
+    by_hand = torch.optim.SGD([{"params": [parameter]} for parameter in module.parameters()], lr=0.0)
+    apply_decay_rules(optimizer, module, {"*.bias": 0.0, "*": 0.1})
+    steps = {"ours": optimizer.step, "the same groups by hand": by_hand.step}
+    seconds = seconds_in_turn(steps, 3 * sizes.rounds)
+    on = f"{count:,} groups cut in two"
+    yield from against("SGD step, rules in the steps of theirs", on, seconds, "ours", {})
