@@ -14,7 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_regdecay.groups.groups import NAMES_KEY, DecayGroups, build_decay_groups
-from lightning_regdecay.groups.parameters import remember_flattened
+from lightning_regdecay.groups.shards import remember_flattened
 from lightning_regdecay.optim.checks import NO_WEIGHT_DECAY, check_decays, check_options
 from lightning_regdecay.optim.configs import lr_schedulers_in, optimizers_in
 from lightning_regdecay.optim.in_force import own_strengths, put_in_force, room_of, rooms_in_force

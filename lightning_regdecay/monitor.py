@@ -15,7 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_regdecay.figures.norms import GroupL2Norm, is_measurable
 from lightning_regdecay.groups.groups import TABLE_HEADER, format_table, table_row, total_row
-from lightning_regdecay.groups.parameters import model_parameters, remember_flattened
+from lightning_regdecay.groups.parameters import model_parameters
+from lightning_regdecay.groups.shards import remember_flattened
 from lightning_regdecay.optim.in_force import in_force, refresh
 from lightning_regdecay.retrofit import OF_THE_MODEL, let_go_of_model
 from lightning_regdecay.rules.names import safe_name, unique_name

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_regdecay.groups.groups import DecayGroups, build_decay_groups
-from lightning_regdecay.groups.parameters import remember_flattened
+from lightning_regdecay.groups.shards import remember_flattened
 from lightning_regdecay.optim.checks import warn_of_strays
 from lightning_regdecay.optim.holders import unwrapped
 from lightning_regdecay.optim.in_force import armed_for, every_room, has_members, put_in_force, rooms_in_force

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_regdecay.groups.parameters import local_part
+from lightning_regdecay.groups.shards import local_part
 
 _HALF = (torch.float16, torch.bfloat16)
 _ROW = 256

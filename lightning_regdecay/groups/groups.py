@@ -11,7 +11,8 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names, problem_of
-from lightning_regdecay.groups.parameters import ModelParameter, model_parameters, original_shape
+from lightning_regdecay.groups.parameters import ModelParameter, class_of, model_parameters
+from lightning_regdecay.groups.shards import original_shape
 from lightning_regdecay.rules.names import hint, unique_name
 from lightning_regdecay.rules.rules import DecayRule, DecayRules, classes_of, parse_rules, patterns_of
 from lightning_regdecay.rules.schedules import DecaySchedule, scheduled_param_group
@@ -181,7 +182,7 @@ class DecayGroups(list[DecayGroup]):
         return "\n".join(map(self._explain, found))  # of a weight that is made of two tensors, both
 
     def _explain(self, parameter: ModelParameter) -> str:
-        owners = sorted({type(place.module).__name__ for place in parameter.places})
+        owners = sorted({class_of(place.module).__name__ for place in parameter.places})
         head = f"{' = '.join(parameter.names)} ({parameter.ndim} dimensions, in {', '.join(owners)})"
         group = next((g for g in self if parameter.name in g.params), None)
         if group is None:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
-from lightning_regdecay.groups.parameters import ModelParameter, plain_name
+from lightning_regdecay.groups.parameters import ModelParameter, class_of, plain_name
 from lightning_regdecay.rules.names import REGEX_PREFIX, hint, literal_text
 from lightning_regdecay.rules.rules import DecayRule, class_path, class_text, classes_of, compile_pattern, patterns_of
 
 _MOST_NAMES = 5000  # compared on the way to a hint, so that a typo in a huge model is answered at once
+_MOST_COMPARED = 200  # as a whole, of those that resemble it in some parts
 
 _Test: TypeAlias = Callable[[ModelParameter], Any]
 
@@ -52,7 +53,7 @@ def first_takers(matchers: Sequence[Matcher], parameters: Iterable[ModelParamete
         if parameter.tied:
             takers.append(next((i for i, matcher in enumerate(matchers) if matcher.takes(parameter)), None))
             continue
-        kind = parameter.family, type(parameter.module), parameter.ndim
+        kind = parameter.family, class_of(parameter.module), parameter.ndim
         plan = plans.get(kind)
         if plan is None:
             plan = plans[kind] = _plan(matchers, parameter)
@@ -130,8 +131,8 @@ def _conditions(rule: DecayRule) -> Iterable[_Condition]:
         tests = [_class_test(selector) for selector in classes_of(rule)]
         wanted = listed(map(class_text, classes_of(rule)), " or ")
         yield _Condition(
-            lambda place: any(test(type(place.module)) for test in tests),
-            lambda place: f"its module is a {type(place.module).__name__}, not a {wanted}",
+            lambda place: any(test(class_of(place.module)) for test in tests),
+            lambda place: f"its module is a {class_of(place.module).__name__}, not a {wanted}",
         )
     if rule.where is not None:
         test = _NAMED_TESTS[rule.where]() if isinstance(rule.where, str) else _predicate_test(rule.where)
@@ -237,11 +238,11 @@ def problem_of(matcher: Matcher, module: nn.Module, parameters: Sequence[ModelPa
     for pattern in patterns_of(matcher.rule):
         if not any(map(compile_pattern(pattern), names)):
             return f"no parameter name matches {pattern!r}; {_pattern_hint(pattern, names)}"
-    owners = dict.fromkeys(type(place.module) for p in parameters for place in p.places)
+    owners = dict.fromkeys(class_of(place.module) for p in parameters for place in p.places)
     for selector in classes_of(matcher.rule):
         test = _class_test(selector)
         if not any(map(test, owners)):
-            return _class_problem(class_text(selector), test, dict.fromkeys(type(m) for m in module.modules()))
+            return _class_problem(class_text(selector), test, dict.fromkeys(map(class_of, module.modules())))
     if any(map(matcher.takes, parameters)):
         return None
     bounded = matcher.rule.min_ndim is not None or matcher.rule.max_ndim is not None
@@ -261,15 +262,19 @@ def _class_problem(wanted: str, test: Callable[[type], bool], classes: Iterable[
 def _pattern_hint(pattern: str, names: Sequence[str]) -> str:
     """How to mend a pattern that matches no name: a wildcard that is missing, or a name that is near."""
     if not pattern.startswith(REGEX_PREFIX):
-        for candidate in (pattern.strip(), f"*{pattern}", f"{pattern}*", f"*{pattern}*"):
+        for candidate in _wider(pattern.strip()):
             if any(map(compile_pattern(candidate), names)):
                 return f"the whole name must match: did you mean {candidate!r}?"
-        literal = pattern.replace("[", "[[]")
-        if literal != pattern and any(map(compile_pattern(literal), names)):
-            return f"a bracket in a glob stands for a class of characters: did you mean {literal!r}?"
+        for candidate in _wider(pattern.replace("[", "[[]")) if "[" in pattern else ():
+            if any(map(compile_pattern(candidate), names)):
+                return f"a bracket in a glob stands for a class of characters: did you mean {candidate!r}?"
         if any(character in pattern for character in "|,{"):
             return "a glob knows no alternatives: write a list of patterns, or a regular expression after 're:'"
     return f"nearest: {listed(nearest_names(pattern, names))}"
+
+
+def _wider(pattern: str) -> tuple[str, ...]:
+    return pattern, f"*{pattern}", f"{pattern}*", f"*{pattern}*"
 
 
 def nearest_names(pattern: str, names: Sequence[str]) -> list[str]:
@@ -281,7 +286,7 @@ def nearest_names(pattern: str, names: Sequence[str]) -> list[str]:
     ['layers.0.weight']
     """
     wanted = tuple(literal_text(pattern).split("."))
-    alike = functools.cache(_resemblance)
+    alike = functools.cache(_part_resemblance)
     best: dict[tuple[str, ...], float] = {}
     scores = []
     for name in names[:_MOST_NAMES]:
@@ -290,10 +295,12 @@ def nearest_names(pattern: str, names: Sequence[str]) -> list[str]:
             best[path] = _aligned(wanted, path, alike)
         scores.append((best[path], name))
     close = sorted((score for score in dict.fromkeys(scores) if score[0] >= _ALIKE), key=lambda score: -score[0])
-    return [name for _, name in close[:3]] or list(names[:3])
+    text = ".".join(wanted)
+    ranked = sorted(close[:_MOST_COMPARED], key=lambda score: (-score[0], -_resemblance(text, score[1])))
+    return [name for _, name in ranked[:3]] or list(names[:3])
 
 
-_ALIKE = 0.5
+_ALIKE, _SAME_WORD = 0.5, 0.6
 
 
 def _aligned(wanted: tuple[str, ...], path: tuple[str, ...], alike: Callable[[str, str], float]) -> float:
@@ -305,6 +312,11 @@ def _aligned(wanted: tuple[str, ...], path: tuple[str, ...], alike: Callable[[st
         for number, other in enumerate(path, start=1):
             row.append(max(row[-1], above[number], above[number - 1] + alike(part, other)))
     return row[-1] / len(wanted)
+
+
+def _part_resemblance(a: str, b: str) -> float:
+    found = _resemblance(a, b)
+    return found if found >= _SAME_WORD else 0.0
 
 
 def _resemblance(a: str, b: str) -> float:

@@ -1,23 +1,19 @@
-"""What the model has: names, shapes and owners of parameters, as the user wrote them.
-
-All knowledge of wrappers (and of shards) is here.
-"""
+"""What the model has: names, shapes and owners of parameters, as the user wrote them, whatever wraps the modules."""
 
 from __future__ import annotations
 
 import functools
 import math
-import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_regdecay.groups.shards import is_plain, original_shape, remember_flattened_by
 
 _WRAPPERS = (
     {"_orig_mod"},  # torch.compile
@@ -28,9 +24,9 @@ _WRAPPERS = (
 )
 """The attributes under which wrappers hold the user's module, and nothing else: no part of a parameter's name."""
 _WRAPPED = set().union(*_WRAPPERS)
-_MOST_OTHER_PATHS = 50_000
-"""Modules that are gone through again to find other names of what is shared. A graph of shared modules has more paths
-than could be listed."""
+_MOST_OTHER_PATHS = 200_000
+"""Modules that are gone through again to find other names of what is shared. A graph of shared modules may have more
+paths than could be listed."""
 
 _LISTS = frozenset({"no_weight_decay", "no_weight_decay_keywords"})
 """The methods by which vision models list what is not to decay: names of parameters, or globs; parts of names."""
@@ -98,7 +94,7 @@ def model_parameters(module: nn.Module) -> list[ModelParameter]:
         known[key] = known[key]._replace(tied=tuple(places.values()))
     by_name: dict[str, ModelParameter] = {}
     for parameter in known.values():
-        if not _is_plain(parameter.parameter):
+        if not is_plain(parameter.parameter):
             _refuse_without_shape(parameter)
         if by_name.setdefault(parameter.name, parameter) is not parameter:
             raise ValueError(
@@ -142,6 +138,20 @@ def without_wrappers(module: nn.Module) -> nn.Module:
         module = inside
 
 
+def class_of(module: nn.Module) -> type:
+    """The class of a module as the user wrote it: of a scripted or traced one, torch knows only the name."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return type(module)
+    name = str(module.original_name)
+    known = getattr(nn, name, None)
+    return known if isinstance(known, type) else _class_of_name(name)
+
+
+@functools.cache
+def _class_of_name(name: str) -> type:
+    return type(name, (nn.Module,), {})
+
+
 class _Path(NamedTuple):
     """Where a module was come to."""
 
@@ -154,24 +164,29 @@ class _Path(NamedTuple):
 
 def _places(module: nn.Module) -> list[ModelParameter]:
     """Every parameter in every place, in the order of ``named_parameters``; no module is entered inside itself."""
-    walk = _Walk()
+    walk = _Walk(module)
     walk.visit(module, _Path("", "", (), None), None)
-    return walk.places
+    # As for torch, that of the outermost module alone counts.
+    users = without_wrappers(module)
+    return _as_reported(users, walk.places) if _reports_by_itself(users) else walk.places
 
 
 class _Walk:
     """A way through the modules of a model.
 
     What is under a module is gone through once; again, by another path, only for the other names.
+
+    Args:
+        module: the model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.places: list[ModelParameter] = []
+        self._module = module
         self._entered: set[int] = set()
         self._other_paths = 0
         self._class_lists: dict[type, bool] = {}  # models have few classes
         self._family_of = functools.cache(_family)  # of parts of names, which repeat
-        self._reports_by_itself: Any = functools.cache(_reports_by_itself)
 
     def visit(self, module: nn.Module, path: _Path, again: dict[int, int] | None) -> None:
         """Note the places under a module.
@@ -186,15 +201,14 @@ class _Walk:
         else:
             self._other_paths += 1
             again[id(module)] = again.get(id(module), 0) + 1
-            if self._other_paths > _MOST_OTHER_PATHS or again[id(module)] > 4:
+            if self._other_paths > _MOST_OTHER_PATHS or (again[id(module)] > 4 and not self._are_few_paths):
                 return
         if path.lister is None and self._lists(module):
             path = path._replace(lister=(module, path.name))
-        before = len(self.places)
         self.places.extend(_own_places(module, path, self._family_of))
         children = module._modules
         if len(children):
-            _remember_flattened_by(module)
+            remember_flattened_by(module)
         around = (*path.above, module)
         # named_children() leaves out a module that is there twice.
         for name, child in children.items():
@@ -207,8 +221,11 @@ class _Walk:
                 inner = _Path(f"{path.name}{name}.", family, around, path.lister)
             is_first = again is None and id(child) not in self._entered
             self.visit(child, inner, None if is_first else {} if again is None else again)
-        if self._reports_by_itself(type(module)):
-            self.places[before:] = _as_reported(module, path, self.places[before:])
+
+    @functools.cached_property
+    def _are_few_paths(self) -> bool:
+        """Whether all names of what is shared can be listed."""
+        return _count_of_paths(self._module) <= _MOST_OTHER_PATHS
 
     def _lists(self, module: nn.Module) -> bool:
         # Of the class or the instance; getattr would ask torch's __getattr__, which is slow where there is nothing.
@@ -218,20 +235,36 @@ class _Walk:
         return self._class_lists[cls] or not _LISTS.isdisjoint(module.__dict__)
 
 
-def _reports_by_itself(cls: Any) -> bool:
-    """Whether a class of the user's has a ``named_parameters`` of its own."""
-    owner = next(base for base in cls.__mro__ if "named_parameters" in vars(base))
-    return not owner.__module__.startswith("torch.")
+def _count_of_paths(module: nn.Module) -> float:
+    """The modules on all paths through a model, infinite where a module is inside itself."""
+    counts: dict[nn.Module, float] = {}
+
+    def count(module: nn.Module) -> float:
+        if module not in counts:
+            counts[module] = math.inf  # should it be come to again before it is counted
+            counts[module] = 1 + sum(count(child) for child in module._modules.values() if child is not None)
+        return counts[module]
+
+    return count(module)
 
 
-def _as_reported(module: nn.Module, path: _Path, places: list[ModelParameter]) -> list[ModelParameter]:
+def _reports_by_itself(module: nn.Module) -> bool:
+    """Whether a module has a ``named_parameters`` of the user's."""
+    owner = next(base for base in type(module).__mro__ if "named_parameters" in vars(base))
+    return "named_parameters" in vars(module) or not owner.__module__.startswith("torch.")
+
+
+def _as_reported(module: nn.Module, places: list[ModelParameter]) -> list[ModelParameter]:
     """What a module says that it has, under the names that it says, and then in the places where it was found."""
+    found: dict[int, list[ModelParameter]] = {}
+    for place in places:
+        found.setdefault(id(place.parameter), []).append(place)
     reported: list[ModelParameter] = []
     for name, parameter in module.named_parameters():
-        full = path.name + plain_name(name)
-        found = [place for place in places if place.parameter is parameter]
-        first = found[0] if found else ModelParameter(parameter, full, module, _family(full), path.lister)
-        reported += [first._replace(name=full, family=_family(full)), *(p for p in found if p.name != full)]
+        full, family = plain_name(name), _family(plain_name(name))
+        places = found.get(id(parameter), [])
+        first = places[0] if places else ModelParameter(parameter, full, module, family)
+        reported += [first._replace(name=full, family=family), *(place for place in places if place.name != full)]
     return reported
 
 
@@ -273,100 +306,3 @@ def _originals(parametrizations: ParametrizationList, path: str) -> Iterator[tup
         if parameter is not None:
             yield parameter, path + name
             yield parameter, owner_path + tensor_name
-
-
-class _Flattened(NamedTuple):
-    """What FSDP1 knows of a parameter that it has flattened and cut up."""
-
-    shape: torch.Size
-    handle: weakref.ReferenceType[Any]
-    """Its ``FlatParamHandle``."""
-
-
-_flattened: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""From parameter to ``_Flattened``. FSDP1 keeps this in its wrappers, where a parameter alone does not lead."""
-
-
-def remember_flattened(model: nn.Module) -> None:
-    """Note what the parameters of a model under FSDP1 were; needed once, from the outermost wrapper or further out."""
-    if dist.is_available() and dist.is_initialized():  # FSDP1 asks for that; a large model has many modules
-        for module in model.modules():
-            _remember_flattened_by(module)
-
-
-def _remember_flattened_by(module: nn.Module) -> None:
-    handle = getattr(module, "_handle", None) if "_fsdp_wrapped_module" in module._modules else None
-    if handle is not None and handle.flat_param._params is not None:
-        for parameter, shape in zip(handle.flat_param._params, handle.flat_param._shapes):
-            _flattened[parameter] = _Flattened(shape, weakref.ref(handle))
-
-
-def _flattened_by_fsdp1(tensor: torch.Tensor) -> _Flattened | None:
-    if not getattr(tensor, "_fsdp_flattened", False):
-        return None
-    if tensor not in _flattened:
-        raise ValueError(
-            "a parameter was flattened by FSDP, and what it was is not known here; call build_decay_groups on the "
-            "model with its outermost FSDP wrapper first"
-        )
-    return cast("_Flattened", _flattened[tensor])
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether nothing marks a tensor as a part of another: FSDP and DeepSpeed do so by attributes of the instance.
-
-    To ask for an attribute that is not there is slow.
-    """
-    return type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.__dict__
-
-
-def original_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape of a parameter as the user defined it, also where this process holds a part of it, flattened."""
-    if _is_plain(tensor):
-        return tensor.shape
-    if hasattr(tensor, "ds_shape"):  # DeepSpeed ZeRO-3 leaves empty tensors
-        return torch.Size(tensor.ds_shape)
-    flattened = _flattened_by_fsdp1(tensor)
-    return tensor.shape if flattened is None else flattened.shape
-
-
-def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """What this process holds of a tensor, and into how many parts the whole is cut among all processes.
-
-    Args:
-        tensor: any tensor; a ``DTensor`` (FSDP2, tensor parallel, both) may be replicated over some dimensions of its
-            mesh and sharded over others, evenly or not. Also a parameter under FSDP1, or under DeepSpeed ZeRO-3.
-
-    Raises:
-        ValueError: for a ``DTensor`` of pending sums (``Partial``), which has no norm before they are added up, and for
-            a parameter under FSDP1 of an unknown model.
-    """
-    if _is_plain(tensor):
-        return tensor, 1
-    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
-        return _local_part_of_dtensor(tensor)
-    if hasattr(tensor, "ds_tensor"):
-        return _local_part_under_zero3(tensor)
-    flattened = _flattened_by_fsdp1(tensor)
-    handle = flattened.handle() if flattened is not None else None
-    # Between forward and backward, and under summon_full_params, the parameter is there as a whole.
-    if handle is None or not handle.uses_sharded_strategy or not handle.is_sharded(handle.flat_param):
-        return tensor, 1
-    return tensor, handle.process_group.size()
-
-
-def _local_part_of_dtensor(tensor: Any) -> tuple[torch.Tensor, int]:
-    mesh, placements = tensor.device_mesh, tensor.placements
-    if any(placement.is_partial() for placement in placements):
-        raise ValueError(f"a DTensor placed {placements} holds sums that are still pending: redistribute it first")
-    cut = [mesh.size(dim) for dim, placement in enumerate(placements) if not placement.is_replicate()]
-    return tensor.to_local(), math.prod(cut)
-
-
-def _local_part_under_zero3(parameter: Any) -> tuple[torch.Tensor, int]:
-    """DeepSpeed cuts a flattened parameter into equal parts, the last of which it fills up with anything."""
-    if parameter.ds_status.name == "AVAILABLE":  # gathered, in forward and backward
-        return parameter, 1
-    part = parameter.ds_tensor
-    start = dist.get_rank(parameter.ds_process_group) * part.numel()
-    return part[: max(parameter.ds_numel - start, 0)], dist.get_world_size(parameter.ds_process_group)
