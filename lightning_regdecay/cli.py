@@ -27,7 +27,8 @@ except ModuleNotFoundError as error:  # LightningArgumentParser says so, with th
     ActionTypeHint = object  # type: ignore[assignment,misc]
 
 from lightning_regdecay.mixin import WeightDecayMixin, configure_own
-from lightning_regdecay.rules.rules import SELECTORS, DecayRule, is_schedule, parse_rules, plain_rules
+from lightning_regdecay.rules.forms import parse_rules, plain_rules
+from lightning_regdecay.rules.rules import SELECTORS, DecayRule, is_schedule
 
 _GROUPS = "groups"
 _ARGUMENT = "decay_rules"

@@ -21,14 +21,8 @@ from lightning_regdecay.optim.in_force import own_strengths, put_in_force, room_
 from lightning_regdecay.optim.resuming import carry_over_by_name
 from lightning_regdecay.optim.unnamed import same
 from lightning_regdecay.retrofit import RulesForAFit
-from lightning_regdecay.rules.rules import (
-    DecayRule,
-    DecayRules,
-    copied_rules,
-    parse_rules,
-    plain_rules,
-    rules_by_group,
-)
+from lightning_regdecay.rules.forms import DecayRules, copied_rules, parse_rules, plain_rules, rules_by_group
+from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.scalars import nonnegative_number
 from lightning_regdecay.rules.schedules import STRENGTH_KEYS
 

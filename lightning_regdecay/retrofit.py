@@ -19,7 +19,8 @@ from lightning_regdecay.optim.in_force import armed_for, every_room, has_members
 from lightning_regdecay.optim.resuming import stop_carrying
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.optim.witness import Witness
-from lightning_regdecay.rules.rules import DecayRule, DecayRules, parse_rules
+from lightning_regdecay.rules.forms import DecayRules, parse_rules
+from lightning_regdecay.rules.rules import DecayRule
 
 OF_THE_MODEL = ("log", "log_dict")
 """Methods of the model that Lightning (2.5 to 2.6) puts on every callback."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_regdecay.groups.groups import DecayGroup, DecayGroups, build_decay_groups, numel_of
-from lightning_regdecay.rules.rules import DecayRules
+from lightning_regdecay.rules.forms import DecayRules
 
 _MOST_PATTERNS = 12  # printed for one move
 

@@ -13,8 +13,9 @@ from torch import nn
 from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names, problem_of
 from lightning_regdecay.groups.parameters import ModelParameter, class_of, model_parameters
 from lightning_regdecay.groups.shards import original_shape
+from lightning_regdecay.rules.forms import DecayRules, parse_rules
 from lightning_regdecay.rules.names import hint, unique_name
-from lightning_regdecay.rules.rules import DecayRule, DecayRules, classes_of, parse_rules, patterns_of
+from lightning_regdecay.rules.rules import DecayRule, classes_of, patterns_of
 from lightning_regdecay.rules.schedules import DecaySchedule, scheduled_param_group
 
 NAMES_KEY = "decay_params"

@@ -295,9 +295,9 @@ def nearest_names(pattern: str, names: Sequence[str]) -> list[str]:
             best[path] = _aligned(wanted, path, alike)
         scores.append((best[path], name))
     close = sorted((score for score in dict.fromkeys(scores) if score[0] >= _ALIKE), key=lambda score: -score[0])
-    text = ".".join(wanted)
-    ranked = sorted(close[:_MOST_COMPARED], key=lambda score: (-score[0], -_resemblance(text, score[1])))
-    return [name for _, name in ranked[:3]] or list(names[:3])
+    if not set(pattern) & set("*?["):  # a name, that can be compared as a whole
+        close = sorted(close[:_MOST_COMPARED], key=lambda score: (-score[0], -_resemblance(pattern, score[1])))
+    return [name for _, name in close[:3]] or list(names[:3])
 
 
 _ALIKE, _SAME_WORD = 0.5, 0.6

@@ -32,6 +32,7 @@ def remember_flattened(model: nn.Module) -> None:
 
 
 def remember_flattened_by(module: nn.Module) -> None:
+    """The same, from one module, where that is a wrapper of FSDP1's."""
     handle = getattr(module, "_handle", None) if "_fsdp_wrapped_module" in module._modules else None
     if handle is not None and handle.flat_param._params is not None:
         for parameter, shape in zip(handle.flat_param._params, handle.flat_param._shapes):

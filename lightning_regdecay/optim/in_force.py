@@ -20,7 +20,8 @@ from lightning_regdecay.optim.registry import Registry
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.optim.strengths import TELLS_NO_STEPS, lengths
 from lightning_regdecay.optim.telling import InForce, told
-from lightning_regdecay.rules.rules import DecayRule, DecayRules
+from lightning_regdecay.rules.forms import DecayRules
+from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.schedules import schedule_of
 
 _rooms: Registry[StepRoom] = Registry()

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from lightning_regdecay.rules.rules import DecayRules, parse_rules, shortest_rules
+from lightning_regdecay.rules.forms import DecayRules, parse_rules, shortest_rules
 from lightning_regdecay.rules.scalars import number_of
 
 
@@ -20,7 +20,7 @@ def rules_as_yaml(rules: DecayRules) -> str:
     selectors becomes its full name, which selects the same modules. A preset stays the name that it is given by.
 
     Args:
-        rules: in any form, see :func:`~lightning_regdecay.rules.rules.parse_rules`.
+        rules: in any form, see :func:`~lightning_regdecay.rules.forms.parse_rules`.
 
     Raises:
         TypeError: for rules of an unknown form.

@@ -1,4 +1,4 @@
-"""What the user writes: decay rules, parsed and validated. Knows no model."""
+"""A decay rule: its selectors and its strength, checked. Knows no model."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ import functools
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
-from typing import Any, TypeAlias, cast
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import Any, cast
 
-from lightning_regdecay.rules.names import REGEX_PREFIX, hint, name_of_pattern, safe_name, unique_name
-from lightning_regdecay.rules.presets import is_preset, preset_rules
-from lightning_regdecay.rules.scalars import nonnegative_number, number_of
+from lightning_regdecay.rules.names import REGEX_PREFIX, hint, safe_name
+from lightning_regdecay.rules.scalars import is_array, nonnegative_number, number_of, plain_number
 from lightning_regdecay.rules.schedules import STRENGTH_KEYS, DecaySchedule
-
-DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any]
-"""Rules in any form that users write: see :func:`parse_rules`."""
 
 _SET_BY_THE_RULE = {"params", "param_names", "name", *STRENGTH_KEYS}
 SELECTORS = {"params", "modules", "min_ndim", "max_ndim", "where"}
 NAMED_TESTS = ("depthwise", "no_weight_decay", "no_weight_decay_keywords")
 """What ``where`` may be by name, so that text can hold it."""
-_RESERVED_GROUPS = {"total"}  # `<prefix>/total/penalty` is the sum over all groups
+RESERVED_GROUPS = {"total"}  # `<prefix>/total/penalty` is the sum over all groups
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +70,7 @@ class DecayRule:
 
     def __post_init__(self) -> None:
         checked = {
-            "weight_decay": _strength(self.weight_decay),
+            "weight_decay": strength_from(self.weight_decay),
             "decay_mult": nonnegative_number("decay_mult", self.decay_mult),
             "params": _selectors("params", self.params, (str,)),
             "modules": _selectors("modules", self.modules, (str, type)),
@@ -97,7 +93,7 @@ class DecayRule:
             raise ValueError(f"min_ndim={self.min_ndim} is above max_ndim={self.max_ndim}: no parameter has both")
 
     def __repr__(self) -> str:
-        given = {name: _shorter(value) for name, value in given_fields(self).items()}
+        given = {name: shorter(value) for name, value in given_fields(self).items()}
         parts = [f"{name}={value!r}" for name, value in given.items() if name != "weight_decay"]
         return f"DecayRule({', '.join([repr(self.weight_decay)] * ('weight_decay' in given) + parts)})"
 
@@ -113,7 +109,7 @@ class DecayRule:
             parts.append("modules=" + " | ".join(map(class_text, classes_of(self))))
         parts += [f"{name}={bound}" for name, bound in self._bounds()]
         if self.where is not None:
-            parts.append(f"where={_test_name(self.where)}")
+            parts.append(f"where={name_of_test(self.where)}")
         return " & ".join(parts) or "*"
 
     @property
@@ -130,114 +126,6 @@ class DecayRule:
     def _bounds(self) -> list[tuple[str, int]]:
         bounds = ("min_ndim", self.min_ndim), ("max_ndim", self.max_ndim)
         return [(name, bound) for name, bound in bounds if bound is not None]
-
-
-def parse_rules(rules: DecayRules) -> tuple[DecayRule, ...]:
-    """Turn rules, in any form that users write, into ``DecayRule`` objects in order, each with its group's name.
-
-    Args:
-        rules: a mapping ``{pattern: λ}``, ``{name: {field: value}}`` or ``{name: DecayRule(...)}``, mixed at will, or a
-            list of ``DecayRule`` objects or their fields, or a preset by its name with its arguments, such as
-            ``{"preset": "timm", "weight_decay": 0.05}``, alone or as an entry of the list.
-
-    Raises:
-        TypeError: for a form or a field that is not one of these.
-        ValueError: for a value out of range, or rules of one group that disagree.
-
-    >>> parse_rules({"*.bias": 0.0, "head": {"params": "head.*", "weight_decay": "1e-3"}})
-    (DecayRule(0.0, params='*.bias', group='bias'), DecayRule(0.001, params='head.*', group='head'))
-    """
-    if is_preset(rules):
-        parsed = _from_preset(cast("Mapping[str, Any]", rules))
-    elif isinstance(rules, Mapping):
-        parsed = [_from_item(key, value) for key, value in rules.items()]
-    elif isinstance(rules, Sequence) and not isinstance(rules, (str, bytes)):
-        parsed = [pair for index, entry in enumerate(rules) for pair in _from_entry(index, entry)]
-    else:
-        advice = "; text must be read first, with yaml.safe_load or json.loads" if isinstance(rules, str) else ""
-        raise TypeError(f"decay rules are a mapping or a list of rules, got {type(rules).__name__} {rules!r}{advice}")
-
-    taken = _RESERVED_GROUPS | {rule.group for _, rule in parsed if rule.group is not None}
-    named = []
-    for name, rule in parsed:
-        if rule.group is None:
-            rule = replace(rule, group=unique_name(name, taken))
-            taken.add(str(rule.group))
-        named.append(rule)
-    _check_agreement(named)
-    return tuple(named)
-
-
-def plain_rules(rules: Any) -> Any:
-    """The same rules as plain data (``dict``, ``list``, ``str``, numbers), to be read where this package may be absent.
-
-    A class becomes its full name, which selects the same modules. A predicate becomes text that says which one it was;
-    it cannot be used as a rule again, and parsing it says so.
-
-    >>> plain_rules({"norm": DecayRule(0, modules=[dict, "*Norm*"])})
-    {'norm': {'weight_decay': 0.0, 'modules': ['builtins.dict', '*Norm*']}}
-    """
-    if rules is None or isinstance(rules, bool):
-        return rules
-    if isinstance(rules, str):
-        return str(rules)
-    if isinstance(rules, numbers.Integral):
-        return int(rules)
-    if isinstance(rules, numbers.Real):
-        return float(rules)
-    if isinstance(rules, DecayRule):
-        return {name: plain_rules(_shorter(value)) for name, value in given_fields(rules).items()}
-    if isinstance(rules, DecaySchedule):
-        return rules.as_dict()
-    if isinstance(rules, Mapping):
-        return {plain_rules(key): plain_rules(value) for key, value in rules.items()}
-    if hasattr(rules, "tolist"):  # of torch or NumPy
-        return plain_rules(rules.tolist())
-    if isinstance(rules, (Sequence, set, frozenset)):
-        return [plain_rules(value) for value in rules]
-    if isinstance(rules, type):
-        return class_path(rules)
-    return f"<{rules.__module__}.{_function_name(rules)}>" if callable(rules) else repr(rules)
-
-
-def shortest_rules(rules: DecayRules) -> dict[str, Any] | list[Any]:
-    """The same rules as plain data, in the form that they have, each as short as it can be; numbers are numbers.
-
-    >>> shortest_rules({"*.bias": DecayRule(0.0), "head": {"params": "head.*", "weight_decay": "1e-3"}})
-    {'*.bias': 0.0, 'head': {'weight_decay': 0.001, 'params': 'head.*'}}
-    """
-    parse_rules(rules)  # which finds every mistake
-    if is_preset(rules):
-        return _plain_preset(cast("Mapping[str, Any]", rules))
-    if isinstance(rules, Mapping):
-        return {str(key): _shortest_item(key, value) for key, value in rules.items()}
-    entries = [_plain_preset(entry) if is_preset(entry) else _rule("", entry) for entry in rules]
-    return [plain_rules(entry) for entry in entries]
-
-
-def copied_rules(rules: Any) -> Any:
-    """The same rules in containers of their own, so that the user's may change: ``dict`` and ``list``, nested."""
-    if isinstance(rules, Mapping):
-        return {key: copied_rules(value) for key, value in rules.items()}
-    if isinstance(rules, Sequence) and not isinstance(rules, (str, bytes)):
-        return [copied_rules(value) for value in rules]
-    return rules
-
-
-def rules_by_group(rules: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain rules with the names of their groups as keys, where patterns may not be keys.
-
-    >>> rules_by_group({"*.bias": 0.0, "head": {"params": "head.*", "decay_mult": 0.5}})
-    {'bias': {'params': '*.bias', 'weight_decay': 0.0}, 'head': {'params': 'head.*', 'decay_mult': 0.5}}
-    """
-    if is_preset(rules):
-        return dict(rules)
-    named: dict[str, Any] = {}
-    for key, value in rules.items():
-        is_rule = isinstance(value, Mapping) and not is_schedule(value)
-        given = value if is_rule else {"weight_decay": value}
-        named[unique_name(name_of_pattern(key), named)] = given if _has_selector(given) else {"params": key, **given}
-    return named
 
 
 def patterns_of(rule: DecayRule) -> tuple[str, ...]:
@@ -284,109 +172,8 @@ def class_text(selector: str | type) -> str:
     return selector if isinstance(selector, str) else selector.__name__
 
 
-def _from_item(key: Any, value: Any) -> tuple[str, DecayRule]:
-    """The group's name, unless the rule gives one itself, and the rule of one item of a mapping."""
-    if not isinstance(key, str):
-        raise TypeError(f"decay rules map patterns or names (text) to rules, got the key {key!r}; write {str(key)!r}")
-    if not isinstance(value, (DecayRule, Mapping)) or is_schedule(value):  # {pattern: λ}
-        value = {"weight_decay": value, "params": key} if value is not None else {}
-    label = f"decay rule {key!r}"
-    if is_preset(value):
-        raise TypeError(f"{label}: a preset has groups of its own; write it as an entry of a list, [{dict(value)!r}]")
-    rule = _rule(label, value)
-    given = given_fields(rule)
-    return name_of_pattern(key), rule if _has_selector(given) else _rule(label, {**given, "params": key})
-
-
-def _shortest_item(key: str, value: Any) -> Any:
-    """What stands beside a key in the shortest form of a mapping: λ alone, if it can."""
-    _, rule = _from_item(key, value)
-    given = plain_rules(rule)
-    if given.get("params") == key and len(SELECTORS & set(given)) == 1:
-        del given["params"]
-    return given["weight_decay"] if list(given) == ["weight_decay"] else given
-
-
-def _plain_preset(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset by name with plain arguments, numbers as numbers."""
-    numbers_read = {name: value if name == "preset" else _argument(value) for name, value in given.items()}
-    return cast("dict[str, Any]", plain_rules(numbers_read))
-
-
-def _argument(value: Any) -> Any:
-    return value if value is None or isinstance(value, bool) else _strength(value)
-
-
-def _from_entry(index: int, entry: Any) -> list[tuple[str, DecayRule]]:
-    """The groups' names, unless the rules give them themselves, and the rules of one entry of a list."""
-    if is_preset(entry):
-        return _from_preset(entry)
-    if not isinstance(entry, (DecayRule, Mapping)):
-        raise TypeError(
-            f"decay rule {index + 1} of the list must be a DecayRule or a mapping of its fields, got {entry!r}; "
-            "write DecayRule(0.05, params='*.weight'), or use the mapping {'*.weight': 0.05}"
-        )
-    rule = _rule(f"decay rule {index + 1} of the list", entry)
-    return [(_name_from_selectors(rule), rule)]
-
-
-def _from_preset(given: Mapping[str, Any]) -> list[tuple[str, DecayRule]]:
-    """The groups' names and the rules that a preset stands for."""
-    rules = [_rule(f"preset {given['preset']!r}", fields) for fields in preset_rules(given)]
-    return [(str(rule.group), rule) for rule in rules]
-
-
-def _rule(label: str, value: DecayRule | Mapping[str, Any]) -> DecayRule:
-    """A rule from its fields; every error says which rule it is about."""
-    if isinstance(value, DecayRule):
-        return value
-    known = _field_names(DecayRule)
-    for name in value:
-        if name not in known:
-            advice = "options of the optimizer, such as lr, go into options"
-            if name in _field_names(DecaySchedule):
-                advice = "a schedule says which one it is, as in {schedule: linear, start: 0.1, end: 0}"
-            raise TypeError(f"{label}: unknown field {name!r}; {hint(str(name), known)}; {advice}")
-    try:
-        return DecayRule(**value)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{label}: {error}") from None
-
-
-def _has_selector(fields: Iterable[str]) -> bool:
-    return not SELECTORS.isdisjoint(fields)
-
-
-def _name_from_selectors(rule: DecayRule) -> str:
-    """The group's name of a rule that has none: from its patterns, else its classes, its dimensions, its predicate."""
-    if patterns_of(rule):
-        return safe_name("_".join(map(name_of_pattern, patterns_of(rule))))
-    if classes_of(rule):
-        return safe_name("_".join(name_of_pattern(_class_name(selector)) for selector in classes_of(rule)))
-    bounds = "_".join(f"{name}_{bound}" for name, bound in rule._bounds())
-    return bounds or (safe_name(_test_name(rule.where)) if rule.where else name_of_pattern("*"))
-
-
-def _class_name(selector: str | type) -> str:
-    """An entry of ``modules`` less the path to the class, so that a class and its full name make the same group."""
-    text = class_text(selector)
-    return text if text.startswith(REGEX_PREFIX) else text.rpartition(".")[2]
-
-
-def _check_agreement(rules: Sequence[DecayRule]) -> None:
-    first: dict[str | None, DecayRule] = {}
-    for rule in rules:
-        other = first.setdefault(rule.group, rule)
-        for name in ("weight_decay", "decay_mult", "options"):
-            if getattr(rule, name) != getattr(other, name):
-                raise ValueError(
-                    f"the rules {other.selector_text!r} and {rule.selector_text!r} share the group {rule.group!r} but "
-                    f"disagree on {name}: {getattr(other, name)!r} and {getattr(rule, name)!r}; make them equal or "
-                    "give each a group of its own"
-                )
-
-
-def _field_names(kind: type[DecayRule] | type[DecaySchedule]) -> list[str]:
+def field_names(kind: type[DecayRule] | type[DecaySchedule]) -> list[str]:
+    """The names of all fields."""
     return [f.name for f in fields(kind)]
 
 
@@ -395,12 +182,13 @@ def is_schedule(value: Any) -> bool:
     return isinstance(value, Mapping) and "schedule" in value
 
 
-def _strength(value: Any) -> float | DecaySchedule | None:
+def strength_from(value: Any) -> float | DecaySchedule | None:
+    """λ as users give it: a number, its text, a schedule or its fields."""
     if isinstance(value, DecaySchedule):
         return value
     if not isinstance(value, Mapping):
         return nonnegative_number("weight_decay", value)
-    known = _field_names(DecaySchedule)
+    known = field_names(DecaySchedule)
     if not is_schedule(value):
         raise TypeError(
             f"weight_decay must be a number or a schedule, such as {{schedule: cosine, start: 0.04, end: 0.4}}, got "
@@ -408,7 +196,7 @@ def _strength(value: Any) -> float | DecaySchedule | None:
         )
     for name in value:
         if name not in known:
-            advice = "; it goes beside weight_decay, not into it" if name in _field_names(DecayRule) else ""
+            advice = "; it goes beside weight_decay, not into it" if name in field_names(DecayRule) else ""
             raise TypeError(f"unknown field {name!r} of a schedule; {hint(str(name), known)}{advice}")
     return DecaySchedule(**value)
 
@@ -468,7 +256,7 @@ def _group(value: Any) -> str | None:
     if not isinstance(value, str) or not value:
         raise TypeError(f"group must be a name (text), got {value!r}")
     name = safe_name(value)
-    if name in _RESERVED_GROUPS:
+    if name in RESERVED_GROUPS:
         raise ValueError(f"group {value!r} would clash with the logged total over all groups; choose another name")
     return name
 
@@ -484,30 +272,37 @@ def _options(value: Any) -> dict[str, Any]:
         if name in _SET_BY_THE_RULE:
             raise ValueError(f"options may not hold {name!r}: the rule itself sets it")
     options = {name: _option(option) for name, option in value.items()}
-    if isinstance(options.get("lr"), (numbers.Real, str)):  # not a tensor, which torch takes too
+    if isinstance(options.get("lr"), (int, float, str)):  # not a tensor, which torch takes too
         options["lr"] = nonnegative_number("lr", options["lr"])  # torch checks its defaults only
     return options
 
 
 def _option(value: Any) -> Any:
-    """An option as an optimizer takes it: numbers that came as text (YAML's ``1e-3``) are numbers, lists are tuples."""
+    """An option as an optimizer takes it, and a checkpoint keeps it.
+
+    Numbers of any kind, and those that came as text (YAML's ``1e-3``), are Python's own; lists and arrays are tuples.
+    """
     if isinstance(value, str):
         number = number_of(value)
-        return value if number is None else number
+        return str(value) if number is None else number
+    if is_array(value):
+        return _option(value.tolist())
     if isinstance(value, Sequence):
         return tuple(_option(entry) for entry in value)
-    return value
+    return plain_number(value)
 
 
-def _test_name(where: Any) -> str:
-    return where if isinstance(where, str) else _function_name(where)
+def name_of_test(where: Any) -> str:
+    """A named test or a predicate as text."""
+    return where if isinstance(where, str) else function_name(where)
 
 
-def _function_name(function: Any) -> str:
+def function_name(function: Any) -> str:
+    """What a function, or an object that is called, goes by."""
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
-def _shorter(value: Any) -> Any:
+def shorter(value: Any) -> Any:
     """Selectors as a user would write them: one alone, several in a list."""
     if not isinstance(value, tuple):
         return value

@@ -19,12 +19,29 @@ def nonnegative_number(name: str, value: Any) -> float | None:
 def _number(name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal, str)):
+    value = plain_number(value.tolist() if is_array(value) else value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     number = number_of(value)
     if number is None:
         raise ValueError(f"{name} must be a number, got the text {value!r}")
     return number
+
+
+def plain_number(value: Any) -> Any:
+    """A number of any kind (NumPy's, ``Decimal``, ``Fraction``) as Python's own; everything else as it is."""
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, (numbers.Real, Decimal)):
+        return float(value)
+    return bool(value) if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_") else value
+
+
+def is_array(value: Any) -> bool:
+    """Whether something is an array of NumPy's."""
+    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
 
 
 def number_of(value: Any) -> float | None:

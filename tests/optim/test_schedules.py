@@ -25,7 +25,7 @@ from lightning_regdecay import (
     schedule_weight_decay,
 )
 from lightning_regdecay.optim.in_force import refresh as refresh_schedules
-from lightning_regdecay.rules.rules import parse_rules, plain_rules, rules_by_group
+from lightning_regdecay.rules.forms import parse_rules, plain_rules, rules_by_group
 from lightning_regdecay.rules.schedules import DecaySchedule
 
 DINO = {"schedule": "cosine", "start": 0.04, "end": 0.4}

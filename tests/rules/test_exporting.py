@@ -13,8 +13,9 @@ from torch import nn
 
 from lightning_regdecay import DecayRule
 from lightning_regdecay.rules.exporting import rules_as_yaml
+from lightning_regdecay.rules.forms import parse_rules
 from lightning_regdecay.rules.presets import PRESETS
-from lightning_regdecay.rules.rules import class_path, parse_rules
+from lightning_regdecay.rules.rules import class_path
 from lightning_regdecay.rules.schedules import DecaySchedule
 
 STRENGTHS = st.floats(0, allow_infinity=False, allow_nan=False)

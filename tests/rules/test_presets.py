@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lightning_regdecay import DecayRule, build_decay_groups
+from lightning_regdecay.rules.forms import parse_rules, plain_rules, rules_by_group
 from lightning_regdecay.rules.presets import (
     PRESETS,
     dino_rules,
@@ -23,7 +24,6 @@ from lightning_regdecay.rules.presets import (
     timm_rules,
     transformers_rules,
 )
-from lightning_regdecay.rules.rules import parse_rules, plain_rules, rules_by_group
 from lightning_regdecay.rules.schedules import DecaySchedule
 
 

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lightning_regdecay import DecayRule
+from lightning_regdecay.rules.forms import parse_rules, plain_rules, rules_by_group
 from lightning_regdecay.rules.names import name_of_pattern
-from lightning_regdecay.rules.rules import parse_rules, plain_rules, rules_by_group
 
 
 def is_small(name, parameter, module):

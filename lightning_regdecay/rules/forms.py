@@ -1,0 +1,246 @@
+"""The forms that rules come in, parsed, and the plain data that they go out as. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias, cast
+
+from lightning_regdecay.rules.names import REGEX_PREFIX, hint, name_of_pattern, safe_name, unique_name
+from lightning_regdecay.rules.presets import is_preset, preset_rules
+from lightning_regdecay.rules.rules import (
+    RESERVED_GROUPS,
+    SELECTORS,
+    DecayRule,
+    class_path,
+    class_text,
+    classes_of,
+    field_names,
+    function_name,
+    given_fields,
+    is_schedule,
+    name_of_test,
+    patterns_of,
+    shorter,
+    strength_from,
+)
+from lightning_regdecay.rules.scalars import plain_number
+from lightning_regdecay.rules.schedules import DecaySchedule
+
+DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any]
+"""Rules in any form that users write: see :func:`parse_rules`."""
+
+
+def parse_rules(rules: DecayRules) -> tuple[DecayRule, ...]:
+    """Turn rules, in any form that users write, into ``DecayRule`` objects in order, each with its group's name.
+
+    Args:
+        rules: a mapping ``{pattern: λ}``, ``{name: {field: value}}`` or ``{name: DecayRule(...)}``, mixed at will, or a
+            list of ``DecayRule`` objects or their fields, or a preset by its name with its arguments, such as
+            ``{"preset": "timm", "weight_decay": 0.05}``, alone or as an entry of the list.
+
+    Raises:
+        TypeError: for a form or a field that is not one of these.
+        ValueError: for a value out of range, or rules of one group that disagree.
+
+    >>> parse_rules({"*.bias": 0.0, "head": {"params": "head.*", "weight_decay": "1e-3"}})
+    (DecayRule(0.0, params='*.bias', group='bias'), DecayRule(0.001, params='head.*', group='head'))
+    """
+    if is_preset(rules):
+        parsed = _from_preset(cast("Mapping[str, Any]", rules))
+    elif isinstance(rules, Mapping):
+        parsed = [_from_item(key, value) for key, value in rules.items()]
+    elif isinstance(rules, Sequence) and not isinstance(rules, (str, bytes)):
+        parsed = [pair for index, entry in enumerate(rules) for pair in _from_entry(index, entry)]
+    else:
+        advice = "; text must be read first, with yaml.safe_load or json.loads" if isinstance(rules, str) else ""
+        raise TypeError(f"decay rules are a mapping or a list of rules, got {type(rules).__name__} {rules!r}{advice}")
+
+    taken = RESERVED_GROUPS | {rule.group for _, rule in parsed if rule.group is not None}
+    named = []
+    for name, rule in parsed:
+        if rule.group is None:
+            rule = replace(rule, group=unique_name(name, taken))
+            taken.add(str(rule.group))
+        named.append(rule)
+    _check_agreement(named)
+    return tuple(named)
+
+
+def plain_rules(rules: Any) -> Any:
+    """The same rules as plain data (``dict``, ``list``, ``str``, numbers), to be read where this package may be absent.
+
+    A class becomes its full name, which selects the same modules. A predicate becomes text that says which one it was;
+    it cannot be used as a rule again, and parsing it says so.
+
+    >>> plain_rules({"norm": DecayRule(0, modules=[dict, "*Norm*"])})
+    {'norm': {'weight_decay': 0.0, 'modules': ['builtins.dict', '*Norm*']}}
+    """
+    if isinstance(rules, str):
+        return str(rules)
+    rules = plain_number(rules)
+    if rules is None or isinstance(rules, (bool, int, float)):
+        return rules
+    if isinstance(rules, DecayRule):
+        return {name: plain_rules(shorter(value)) for name, value in given_fields(rules).items()}
+    if isinstance(rules, DecaySchedule):
+        return rules.as_dict()
+    if isinstance(rules, Mapping):
+        return {plain_rules(key): plain_rules(value) for key, value in rules.items()}
+    if hasattr(rules, "tolist"):  # of torch or NumPy
+        return plain_rules(rules.tolist())
+    if isinstance(rules, (Sequence, set, frozenset)):
+        return [plain_rules(value) for value in rules]
+    if isinstance(rules, type):
+        return class_path(rules)
+    return f"<{rules.__module__}.{function_name(rules)}>" if callable(rules) else repr(rules)
+
+
+def shortest_rules(rules: DecayRules) -> dict[str, Any] | list[Any]:
+    """The same rules as plain data, in the form that they have, each as short as it can be; numbers are numbers.
+
+    >>> shortest_rules({"*.bias": DecayRule(0.0), "head": {"params": "head.*", "weight_decay": "1e-3"}})
+    {'*.bias': 0.0, 'head': {'weight_decay': 0.001, 'params': 'head.*'}}
+    """
+    parse_rules(rules)  # which finds every mistake
+    if is_preset(rules):
+        return _plain_preset(cast("Mapping[str, Any]", rules))
+    if isinstance(rules, Mapping):
+        return {str(key): _shortest_item(key, value) for key, value in rules.items()}
+    entries = [_plain_preset(entry) if is_preset(entry) else _rule("", entry) for entry in rules]
+    return [plain_rules(entry) for entry in entries]
+
+
+def copied_rules(rules: Any) -> Any:
+    """The same rules in containers of their own, so that the user's may change: ``dict`` and ``list``, nested."""
+    if isinstance(rules, Mapping):
+        return {key: copied_rules(value) for key, value in rules.items()}
+    if isinstance(rules, Sequence) and not isinstance(rules, (str, bytes)):
+        return [copied_rules(value) for value in rules]
+    return rules
+
+
+def rules_by_group(rules: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain rules with the names of their groups as keys, where patterns may not be keys.
+
+    >>> rules_by_group({"*.bias": 0.0, "head": {"params": "head.*", "decay_mult": 0.5}})
+    {'bias': {'params': '*.bias', 'weight_decay': 0.0}, 'head': {'params': 'head.*', 'decay_mult': 0.5}}
+    """
+    if is_preset(rules):
+        return dict(rules)
+    named: dict[str, Any] = {}
+    for key, value in rules.items():
+        is_rule = isinstance(value, Mapping) and not is_schedule(value)
+        given = value if is_rule else {"weight_decay": value}
+        named[unique_name(name_of_pattern(key), named)] = given if _has_selector(given) else {"params": key, **given}
+    return named
+
+
+def _from_item(key: Any, value: Any) -> tuple[str, DecayRule]:
+    """The group's name, unless the rule gives one itself, and the rule of one item of a mapping."""
+    if not isinstance(key, str):
+        raise TypeError(f"decay rules map patterns or names (text) to rules, got the key {key!r}; write {str(key)!r}")
+    if not isinstance(value, (DecayRule, Mapping)) or is_schedule(value):  # {pattern: λ}
+        value = {"weight_decay": value, "params": key} if value is not None else {}
+    label = f"decay rule {key!r}"
+    if is_preset(value):
+        raise TypeError(f"{label}: a preset has groups of its own; write it as an entry of a list, [{dict(value)!r}]")
+    rule = _rule(label, value)
+    given = given_fields(rule)
+    return name_of_pattern(key), rule if _has_selector(given) else _rule(label, {**given, "params": key})
+
+
+def _shortest_item(key: str, value: Any) -> Any:
+    """What stands beside a key in the shortest form of a mapping: λ alone, if it can."""
+    _, rule = _from_item(key, value)
+    given = plain_rules(rule)
+    if given.get("params") == key and len(SELECTORS & set(given)) == 1:
+        del given["params"]
+    return given["weight_decay"] if list(given) == ["weight_decay"] else given
+
+
+def _plain_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset by name with plain arguments, numbers as numbers."""
+    numbers_read = {name: value if name == "preset" else _argument(value) for name, value in given.items()}
+    return cast("dict[str, Any]", plain_rules(numbers_read))
+
+
+def _argument(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool) else strength_from(value)
+
+
+def _from_entry(index: int, entry: Any) -> list[tuple[str, DecayRule]]:
+    """The groups' names, unless the rules give them themselves, and the rules of one entry of a list."""
+    if is_preset(entry):
+        return _from_preset(entry)
+    if not isinstance(entry, (DecayRule, Mapping)):
+        raise TypeError(
+            f"decay rule {index + 1} of the list must be a DecayRule or a mapping of its fields, got {entry!r}; "
+            "write DecayRule(0.05, params='*.weight'), or use the mapping {'*.weight': 0.05}"
+        )
+    rule = _rule(f"decay rule {index + 1} of the list", entry)
+    return [(_name_from_selectors(rule), rule)]
+
+
+def _from_preset(given: Mapping[str, Any]) -> list[tuple[str, DecayRule]]:
+    """The groups' names and the rules that a preset stands for."""
+    rules = [_rule(f"preset {given['preset']!r}", fields) for fields in preset_rules(given)]
+    return [(str(rule.group), rule) for rule in rules]
+
+
+def _rule(label: str, value: DecayRule | Mapping[str, Any]) -> DecayRule:
+    """A rule from its fields; every error says which rule it is about."""
+    if isinstance(value, DecayRule):
+        return value
+    known = field_names(DecayRule)
+    for name in value:
+        if name not in known:
+            advice = "options of the optimizer, such as lr, go into options"
+            if name in field_names(DecaySchedule):
+                advice = "a schedule says which one it is, as in {schedule: linear, start: 0.1, end: 0}"
+            raise TypeError(f"{label}: unknown field {name!r}; {hint(str(name), known)}; {advice}")
+    try:
+        return DecayRule(**value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{label}: {error}") from None
+
+
+def _has_selector(fields: Iterable[str]) -> bool:
+    return not SELECTORS.isdisjoint(fields)
+
+
+def _name_from_selectors(rule: DecayRule) -> str:
+    """The group's name of a rule that has none: from its patterns, else its classes, its dimensions, its predicate."""
+    if patterns_of(rule):
+        return safe_name("_".join(map(name_of_pattern, patterns_of(rule))))
+    if classes_of(rule):
+        return safe_name("_".join(name_of_pattern(_class_name(selector)) for selector in classes_of(rule)))
+    bounds = "_".join(f"{name}_{bound}" for name, bound in rule._bounds())
+    return bounds or (safe_name(name_of_test(rule.where)) if rule.where else name_of_pattern("*"))
+
+
+def _class_name(selector: str | type) -> str:
+    """An entry of ``modules`` less the path to the class, so that a class and its full name make the same group."""
+    text = class_text(selector)
+    return text if text.startswith(REGEX_PREFIX) else text.rpartition(".")[2]
+
+
+def _check_agreement(rules: Sequence[DecayRule]) -> None:
+    first: dict[str | None, DecayRule] = {}
+    for rule in rules:
+        other = first.setdefault(rule.group, rule)
+        for name in ("weight_decay", "decay_mult", "options"):
+            if _differ(getattr(rule, name), getattr(other, name)):
+                raise ValueError(
+                    f"the rules {other.selector_text!r} and {rule.selector_text!r} share the group {rule.group!r} but "
+                    f"disagree on {name}: {getattr(other, name)!r} and {getattr(rule, name)!r}; make them equal or "
+                    "give each a group of its own"
+                )
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Whether two values differ; options that are tensors are compared as data."""
+    try:
+        return bool(a != b)
+    except (RuntimeError, ValueError):
+        return bool(plain_rules(a) != plain_rules(b))
