@@ -15,10 +15,10 @@ from torchmetrics import Metric
 from lightning_regdecay.groups.shards import local_part
 
 _HALF = (torch.float16, torch.bfloat16)
-_ROW = 256
+_ROW = 128
 """Elements whose squares are added in float32: few enough that the sum is right to 1e-6 for any data. Longer sums are
 not, though random numbers hide it, as their rounding errors cancel: `torch.dot` of 2^18 equal values is 3e-5 off."""
-_ROW_OF_NORMS = 64
+_ROW_OF_NORMS = 32
 """The same for norms of rows, which are rounded already."""
 _ROWS = 2**14
 """Rows per call: 64 KiB of norms. Twice that may come from the kernel each time, page by page, which is slow."""

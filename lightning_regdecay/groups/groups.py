@@ -71,15 +71,21 @@ class DecayGroup:
                 a rule has no ``weight_decay`` here, so that the optimizer fills in its own.
 
         Raises:
-            ValueError: for a rule with ``decay_mult``, where ``weight_decay`` is not given; for parameters on the meta
-                device in whose place the model has others by now.
+            ValueError: for a rule with ``decay_mult``, where ``weight_decay`` is not given; where the model has other
+                parameters in the place of these by now.
 
         >>> groups = build_decay_groups(nn.Linear(2, 1), {"bias": 0.0})
         >>> [sorted(group.as_param_group()) for group in groups]
         [['decay_params', 'name', 'params', 'weight_decay'], ['decay_params', 'name', 'params']]
         """
-        if any(p.is_meta and p is not _held(self.owners.get(name), name) for name, p in self.params.items()):
-            raise ValueError(ON_META.format(group=self.name))
+        for name, parameter in self.params.items():
+            held = _held(self.owners.get(name), name)
+            if held is not None and held is not parameter:
+                raise ValueError(
+                    f"group {self.name!r} holds {name!r}, in whose place the model has another parameter by now (given "
+                    "memory by to_empty, or loaded with assign=True), so that no step would move it; build the groups "
+                    "after that"
+                )
         group = self.as_param_group_of_own_strength()
         if self.rule is not None and self.rule.decay_mult is not None:
             if weight_decay is None:

@@ -24,6 +24,7 @@ from lightning_regdecay.optim.lr_schedulers import CarriedGroups, carry_lr_sched
 from lightning_regdecay.optim.saved_states import (
     IDENTITY_KEYS,
     SavedState,
+    check_names,
     first_names,
     groups_in_file,
     groups_in_folder,
@@ -61,8 +62,7 @@ def resume_by_name(
     Args:
         optimizer: over ``group.as_param_group()`` of decay groups, or with ``param_names`` in each param group.
         model: the model that the groups were built over.
-        lr_scheduler: of torch, or another; of one that is not torch's the state is loaded as it is. Load its state
-            after the optimizer's.
+        lr_scheduler: of torch, or another; of one that is not torch's the state is loaded as it is. One, or a list.
         checkpoint: the folder that the state will be loaded from, where ``torch.distributed.checkpoint`` loads it (its
             ``get_optimizer_state_dict``, ``load`` and ``set_optimizer_state_dict``, as for sharded parameters).
 
@@ -84,8 +84,11 @@ def resume_by_name(
     >>> [group["weight_decay"] for group in today.param_groups]
     [0.0, 0.5]
     """
-    given = [] if lr_scheduler is None else [weakref.ref(lr_scheduler)]
-    carry_over_by_name(unwrapped(optimizer), model, lambda: [ref() for ref in given], lambda: checkpoint, lambda: 0)
+    optimizer = unwrapped(optimizer)
+    every = lr_scheduler if isinstance(lr_scheduler, (list, tuple)) else [lr_scheduler]
+    before = [scheduler for carrier in _carriers_of(optimizer) for scheduler in carrier.lr_schedulers()]
+    given = [weakref.ref(scheduler) for scheduler in [*before, *every] if scheduler is not None]
+    carry_over_by_name(optimizer, model, lambda: [ref() for ref in given], lambda: checkpoint, lambda: 0)
 
 
 def carry_over_by_name(
@@ -111,18 +114,22 @@ def carry_over_by_name(
             "state is loaded and cannot be resumed by parameter name; use the optimizer inside it, or another"
         )
     stop_carrying(target)
-    carrier = _Carrier(target, model, lr_schedulers, checkpoint, steps_done)
+    carrier = _Carrier(target, optimizer, model, lr_schedulers, checkpoint, steps_done)
     _carriers[target] = weakref.ref(carrier)
     carrier.hang_on()
 
 
 def stop_carrying(optimizer: Any) -> None:
     """Let an optimizer, and its lr schedulers, load states as torch's do."""
+    for carrier in _carriers_of(optimizer):
+        carrier.let_go()
     for one in with_held(optimizer):
-        reference = _carriers.pop(one, None)
-        carrier = None if reference is None else reference()
-        if carrier is not None:
-            carrier.let_go()
+        _carriers.pop(one, None)
+
+
+def _carriers_of(optimizer: Any) -> list[_Carrier]:
+    references = [_carriers.get(one) for one in with_held(optimizer)]
+    return [carrier for reference in references if reference is not None and (carrier := reference()) is not None]
 
 
 class _Carrier:
@@ -131,14 +138,15 @@ class _Carrier:
     def __init__(
         self,
         optimizer: Any,
+        root: Any,
         model: nn.Module,
         lr_schedulers: Callable[[], Iterable[Any]],
         checkpoint: Callable[[], str | Path | None],
         steps_done: Callable[[], int],
     ) -> None:
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer, self._root = weakref.ref(optimizer), weakref.ref(root)
         self._model = weakref.ref(model)  # which may hold the optimizer
-        self._lr_schedulers = lr_schedulers
+        self.lr_schedulers = lr_schedulers
         self._checkpoint = checkpoint
         self._steps_done = steps_done
         self._carried = CarriedGroups()
@@ -168,7 +176,7 @@ class _Carrier:
             undo()
 
     def _carry_lr_schedulers(self) -> None:
-        for scheduler in self._lr_schedulers():
+        for scheduler in self.lr_schedulers():
             if isinstance(scheduler, LRScheduler) and "load_state_dict" not in vars(scheduler):
                 self._undo += carry_lr_scheduler(scheduler, self._carried)
 
@@ -210,13 +218,28 @@ class _Carrier:
                 if key in saved.state:
                     state[number] = _checked_state(name, parameter, saved.state[key])
 
-        self._carried.sources = [own[0] if own else None for own in sources]
-        self._carried.saved_count = len(saved.groups)
+        self._check_states_around(optimizer, groups, names, saved)
+        self._carried.take([own[0] if own else None for own in sources], len(saved.groups))
         self._checkpoint = lambda: None  # what is saved from now on is this run
         for remark in remarks:
             rank_zero_info(remark)
         _warn_of_the_rest({name for own in names for name in own}, saved)
         return {**state_dict, "state": state, "param_groups": groups}
+
+    def _check_states_around(
+        self, optimizer: Any, groups: list[dict[str, Any]], names: list[list[str]], saved: SavedState
+    ) -> None:
+        """Raise where an optimizer around this one numbers the parameters itself, and the numbers have changed."""
+        root = self._root()
+        if root is None or root is optimizer or getattr(root, "state", optimizer.state) is optimizer.state:
+            return
+        keys = [saved.key_of.get(name) for own in names for name in own]
+        if keys != [number for group in groups for number in group["params"]]:
+            raise ValueError(
+                f"{type(root).__name__} keeps a state beside that of its {type(optimizer).__name__}, by the numbers of "
+                "the parameters, which are others in the checkpoint: resume with groups of the same parameters in the "
+                "same order, or start the run from the weights alone"
+            )
 
     def after_saving(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Show the parameters in the groups of the checkpoint, while ``torch.distributed.checkpoint`` is loading it.
@@ -257,6 +280,8 @@ class _Carrier:
         if path is None:
             return None
         optimizers = groups_in_folder(Path(path)) if Path(path).is_dir() else groups_in_file(Path(path))
+        if not optimizers:
+            return None
         own = {name for group in names for name in group}
 
         def shared(groups: list[dict[str, Any]]) -> int:
@@ -348,12 +373,26 @@ def _options_of_torch() -> frozenset[str]:
 
 
 def _names_of(optimizer: Optimizer, known: Sequence[ModelParameter]) -> list[list[str]]:
-    """The names of the parameters of each param group of today."""
-    known_names = {parameter.parameter: parameter.name for parameter in known}
+    """The names of the parameters of each param group of today.
+
+    Raises:
+        ValueError: for two parameters of one name, and for one in whose place the model has another by now.
+    """
+    of_model = {id(parameter.parameter): parameter.name for parameter in known}
+    every = {name for parameter in known for name in parameter.names}
     names = []
     for group in optimizer.param_groups:
-        own = names_in(group) or [""] * len(group["params"])
-        names.append([known_names.get(parameter, name) for parameter, name in zip(group["params"], own)])
+        given = names_in(group) or [""] * len(group["params"])
+        own = [of_model.get(id(parameter), name) for parameter, name in zip(group["params"], given)]
+        for parameter, name in zip(group["params"], own):
+            if name in every and id(parameter) not in of_model:
+                raise ValueError(
+                    f"the {type(optimizer).__name__} holds a parameter {name!r} that is not the model's of this name: "
+                    "the model has got another in its place since, or it is of another model; build the optimizer over "
+                    "one module, after that has its parameters"
+                )
+        names.append(own)
+    check_names((name for own in names for name in own), f"the {type(optimizer).__name__}")
     return names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,7 +95,10 @@ def _with_prefix(given: set[str], known: Collection[str]) -> dict[str, str]:
 
 
 def groups_in_folder(path: Path) -> list[list[dict[str, Any]]]:
-    """The param groups of each optimizer in a folder of ``torch.distributed.checkpoint``."""
+    """The param groups of each optimizer in a folder of ``torch.distributed.checkpoint``; none of a flattened state.
+
+    A flattened state has the options of each parameter by its name, so that torch finds them itself.
+    """
     # Slow to import, and of no use to most.
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -105,6 +109,9 @@ def groups_in_folder(path: Path) -> list[list[dict[str, Any]]]:
     metadata = reader.read_metadata()
     places = {key: place for key, place in (metadata.planner_data or {}).items() if "param_groups" in place}
     if not places:
+        parts = [str(part) for place in (metadata.planner_data or {}).values() for part in place]
+        if any(part.startswith("param_groups.") for part in parts):
+            return []
         raise ValueError(f"the checkpoint {str(path)!r} has no optimizer state")
     found: dict[str, Any] = {}
     for key in places:
@@ -151,6 +158,30 @@ def saved_names(
     """The names of the parameters of each param group of a checkpoint, without wrappers; of a tied one the first."""
     if all(isinstance(key, str) for group in groups for key in group["params"]):  # of torch.distributed.checkpoint
         return first_names([group["params"] for group in groups], known)
-    if all(len(names_in(group)) == len(group["params"]) for group in groups):
-        return first_names([names_in(group) for group in groups], known)
-    return names_by_order({**state_dict, "param_groups": groups}, known)
+    names = [list(names_in(group)) if len(names_in(group)) == len(group["params"]) else None for group in groups]
+    given = [name for own in names if own for name in own]
+    check_names(given, "the optimizer state in the checkpoint")
+    found = iter(first_names([own for own in names if own is not None], known))
+    every = [None if own is None else next(found) for own in names]
+    if None in every:
+        taken = {name for own in every if own for name in own}
+        left = [parameter for parameter in known if parameter.name not in taken]
+        nameless = [group for group, own in zip(groups, every) if own is None]
+        read = iter(names_by_order({**state_dict, "param_groups": nameless}, left))
+        return [next(read) if own is None else own for own in every]
+    return [own for own in every if own is not None]
+
+
+def check_names(names: Iterable[str], whose: str) -> None:
+    """Raise where a name is that of two parameters: which state is whose could not be told.
+
+    Args:
+        names: of all parameters, empty where one has none.
+        whose: what has the names.
+    """
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
+    if twice:
+        raise ValueError(
+            f"{whose} has two parameters of the name {twice[0]!r}, so it cannot be told which state is whose; build "
+            "the groups over one module that holds them all, such as nn.ModuleDict({'a': a, 'b': b})"
+        )

@@ -168,17 +168,19 @@ def shaped(state: Mapping[str, Any]) -> list[torch.Tensor]:
 
 
 def fits(state: Mapping[str, Any], parameter: torch.Tensor) -> bool:
-    """Whether a state can be of a parameter: some tensor of it has the shape, or is a factor of that (Adafactor).
+    """Whether a state can be of a parameter: some tensor of it has as many elements, or some are factors (Adafactor).
 
-    A factor has 1 in the place of dimensions, or is without one of them.
+    Factors have 1 in the place of dimensions, each of which another one has; or they are without one dimension.
     """
-    tensors = shaped(state)
+    tensors = [tensor for tensor in shaped(state) if tensor.numel() > 1]
     shape = parameter.shape
+    if not tensors or any(tensor.numel() == shape.numel() for tensor in tensors):
+        return True
+    factors = [t.shape for t in tensors if t.ndim == len(shape) and all(a in (1, b) for a, b in zip(t.shape, shape))]
     without_one = {shape[:i] + shape[i + 1 :] for i in range(len(shape))}
-    return (
-        not tensors
-        or any(t.ndim == len(shape) and all(a in (1, b) for a, b in zip(t.shape, shape)) for t in tensors)
-        or (len(tensors) > 1 and all(tensor.shape in without_one for tensor in tensors))
+    return len(tensors) > 1 and (
+        all(any(factor[i] == size for factor in factors) for i, size in enumerate(shape))
+        or all(tensor.shape in without_one for tensor in tensors)
     )
 
 
