@@ -231,6 +231,7 @@ def configure_own(module: Any, build_optimizer: Callable[..., Any], build_lr_sch
     """
     groups = _groups_of(module)
     optimizer = _checked_optimizer(module, groups, build_optimizer)
+    _check_signature(module, build_lr_scheduler, "optimizer", optimizer)
     scheduler = build_lr_scheduler(optimizer)
     config = optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
     _carry_over(optimizer, module, list(lr_schedulers_in(config)))
@@ -401,20 +402,26 @@ def _lr(module: Any) -> float | None:
     return None
 
 
-def _checked_optimizer(module: Any, groups: DecayGroups, build_optimizer: Callable[..., Any]) -> Any:
-    """The optimizer that is built over the decay groups, if it decays weights by them."""
-    param_groups = [group.as_param_group_of_own_strength() for group in groups]
-    theirs = _of_a_base(module, "build_optimizer")
-    is_theirs = getattr(build_optimizer, "__func__", None) is WeightDecayMixin.build_optimizer and theirs is not None
+def _check_signature(module: Any, build: Callable[..., Any], argument: str, value: Any) -> None:
+    """Raise for a method of the user's, such as ``build_optimizer``, that does not take its one argument."""
+    function = getattr(build, "__func__", None)
+    name = getattr(function, "__name__", "")
+    theirs = _of_a_base(module, name) if function is getattr(WeightDecayMixin, name, object()) else None
     try:
-        inspect.signature(theirs if is_theirs else build_optimizer).bind(param_groups)  # type: ignore[arg-type]
+        inspect.signature(build if theirs is None else theirs).bind(value)
     except TypeError as error:
         raise TypeError(
-            f"build_optimizer of {type(module).__name__} cannot be called with the param groups alone ({error}); "
-            "define build_optimizer(self, param_groups) there"
+            f"{name} of {type(module).__name__} cannot be called with {argument} alone ({error}); define {name}(self, "
+            f"{argument}) there"
         ) from None
     except ValueError:  # of what is written in C nothing is known
         pass
+
+
+def _checked_optimizer(module: Any, groups: DecayGroups, build_optimizer: Callable[..., Any]) -> Any:
+    """The optimizer that is built over the decay groups, if it decays weights by them."""
+    param_groups = [group.as_param_group_of_own_strength() for group in groups]
+    _check_signature(module, build_optimizer, "param_groups", param_groups)
     try:
         optimizer = build_optimizer(param_groups)
     except ValueError as error:

@@ -92,6 +92,11 @@ class WeightDecayMonitor(Callback):
         self.history = [dict(record) for record in state_dict["history"]]
         self._is_restored = True
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the history of a checkpoint that was validated, or of a fit that failed: what is loaded comes next."""
+        if stage == "fit":
+            self._is_restored = False
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the history anew unless the run goes on from a checkpoint, and print the table of the groups."""
         goes_on = self._is_restored or (self._trainer is not None and self._trainer() is trainer)

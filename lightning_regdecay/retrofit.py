@@ -180,6 +180,7 @@ class RulesForAFit(Callback):
                 "DeepSpeed steps parameters of its own, so decay rules can be in force only in an optimizer that is "
                 f"built over the decay groups: let {type(model).__name__} have WeightDecayMixin and a build_optimizer"
             )
+        self._witnesses = [one for one in self._witnesses if any(one.room is room for room in rooms)]
         reference, max_epochs = weakref.ref(trainer), self._max_epochs
         for room in rooms:
             room.parting.strengths.ask = lambda: _run_length(reference(), max_epochs)

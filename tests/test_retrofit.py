@@ -251,7 +251,7 @@ class TestInForce:
             def build_optimizer(self):
                 return sgd(self.parameters())
 
-        with pytest.raises(TypeError, match="build_optimizer of Ours cannot be called with the param groups alone"):
+        with pytest.raises(TypeError, match="build_optimizer of Ours cannot be called with param_groups alone"):
             with_mixin(Theirs, RULES)().configure_optimizers()
 
     def test_attributes_of_a_base_are_not_hidden(self):

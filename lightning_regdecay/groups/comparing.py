@@ -143,9 +143,10 @@ def _ranges(numbers: Sequence[int]) -> str:
     >>> _ranges([0, 1, 2, 5]), _ranges([3, 3])
     ('[0-2,5]', '3')
     """
-    found = sorted(set(numbers))
+    known = set(numbers)
+    found = sorted(known)
     if len(found) == 1:
         return str(found[0])
-    starts = [n for n in found if n - 1 not in found]
-    ends = [n for n in found if n + 1 not in found]
+    starts = [n for n in found if n - 1 not in known]
+    ends = [n for n in found if n + 1 not in known]
     return f"[{','.join(str(a) if a == b else f'{a}-{b}' for a, b in zip(starts, ends))}]"

@@ -146,7 +146,7 @@ def _conditions(rule: DecayRule) -> Iterable[_Condition]:
 
 def _where(rule: DecayRule, test: _Test, place: ModelParameter) -> Any:
     try:
-        return test(place)
+        return bool(test(place))
     except Exception as error:
         raise RuntimeError(
             f"decay rule {rule.selector_text!r} failed on parameter {place.name!r} of {type(place.module).__name__}: "
@@ -192,8 +192,9 @@ def _listed_name(place: ModelParameter) -> str:
 
 
 def _asked(lister: nn.Module, method: str) -> list[str]:
-    """What a module lists; to be asked for once, as some make their lists anew from all their parameters."""
-    return list(getattr(lister, method, list)())
+    """What a module lists, by a method or an attribute; to be asked once, as some make their lists anew each time."""
+    found = getattr(lister, method, ())
+    return list(found() if callable(found) else found)
 
 
 _NAMED_TESTS: dict[str, Callable[[], _Test]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias
 
@@ -276,9 +277,22 @@ def _own_places(module: nn.Module, path: _Path, family_of: Callable[[str], str])
         return [ModelParameter(p, name, owner, _family(name), path.lister) for p, name in originals]
     return [
         ModelParameter(parameter, path.name + name, module, path.family + family_of(name), path.lister)
-        for name, parameter in module._parameters.items()
+        for key, parameter in module._parameters.items()
         if parameter is not None
+        for name in _names_in(module, key)
     ]
+
+
+_RENAMED = re.compile("(.+)_(orig|g|v)")
+"""What pruning, spectral norm and weight norm of ``torch.nn.utils`` make of a parameter's name."""
+
+
+def _names_in(module: nn.Module, name: str) -> tuple[str, ...]:
+    """The names of a parameter in its module: also the plain one, where the user's parameter was put behind another."""
+    renamed = _RENAMED.fullmatch(name) if name.endswith(("_orig", "_g", "_v")) else None
+    if renamed is None or not isinstance(vars(module).get(renamed[1]), torch.Tensor):
+        return (name,)
+    return name, renamed[1]
 
 
 _ONE_DIGIT = str.maketrans("123456789", "000000000")

@@ -41,6 +41,8 @@ class Part:
 
     def put(self, place: Place, numbers: list[int]) -> None:
         """Give it the place and the parameters that it has from now on."""
+        if self.place.rule is not None and place.rule is None:
+            self.group.pop("weight_decay", None)  # that of the rule before, which takes it no more
         self.place, self.numbers, self.is_set = place, numbers, False
         rule = place.rule
         self.number = rule.weight_decay if rule is not None and isinstance(rule.weight_decay, float) else None

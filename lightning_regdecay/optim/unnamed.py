@@ -13,6 +13,7 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning_regdecay.groups.parameters import ModelParameter
 
 _MOST_WAYS = 64  # to put groups together, at a time
+_MOST_TOLD = 8  # groups in a message
 _WRITE_NAMES = (
     "write the names into the checkpoint, for each group as state['param_groups'][i]['param_names'] = [...] (in a "
     "checkpoint of Lightning state is checkpoint['optimizer_states'][0])"
@@ -57,7 +58,8 @@ def _tell(names: Sequence[Sequence[str]], only_way: bool) -> None:
     if only_way:
         rank_zero_info(text)
         return
-    groups = "; ".join(f"{own[0]!r} to {own[-1]!r}" for own in names if own)
+    told = [f"{own[0]!r} to {own[-1]!r}" for own in names if own]
+    groups = "; ".join(told[:_MOST_TOLD]) + (f"; and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else "")
     rank_zero_warn(
         f"{text}, group after group ({groups}), but shapes would allow other ways too; where that is wrong, "
         f"{_WRITE_NAMES}"

@@ -47,7 +47,8 @@ def name_of_pattern(pattern: str) -> str:
     >>> [name_of_pattern(pattern) for pattern in ("*.bias", "*norm*", "head.*", "encoder.*.weight", "*")]
     ['bias', 'norm', 'head', 'encoder.weight', 'rest']
     """
-    return safe_name(literal_text(pattern)) or "rest"
+    text = literal_text(pattern)
+    return safe_name(text) if text else "rest"
 
 
 def safe_name(text: str) -> str:
@@ -59,6 +60,8 @@ def safe_name(text: str) -> str:
     ('no_decay', '________________________________________________________6447caa7')
     """
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", text)
+    if not name.strip("."):
+        name = "_" * len(name) or "_"  # of dots alone, a file system makes folders
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 8]}{hashlib.sha1(text.encode()).hexdigest()[:8]}"
 
 
