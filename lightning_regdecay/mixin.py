@@ -7,6 +7,7 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,13 @@ from lightning_regdecay.optim.checks import NO_WEIGHT_DECAY, check_decays, check
 from lightning_regdecay.optim.configs import lr_schedulers_in, optimizers_in
 from lightning_regdecay.optim.in_force import own_strengths, put_in_force, room_of, rooms_in_force
 from lightning_regdecay.optim.resuming import carry_over_by_name
+from lightning_regdecay.optim.saved_states import groups_in_folder
 from lightning_regdecay.optim.unnamed import same
 from lightning_regdecay.retrofit import RulesForAFit
 from lightning_regdecay.rules.forms import DecayRules, copied_rules, parse_rules, plain_rules, rules_by_group
 from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.scalars import nonnegative_number
-from lightning_regdecay.rules.schedules import STRENGTH_KEYS
+from lightning_regdecay.rules.schedules import STEP_KEY, STRENGTH_KEYS
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -264,11 +266,20 @@ def _sharded_checkpoint(trainer: Any) -> Any:
     return trainer.ckpt_path if any(hasattr(p, "device_mesh") for p in trainer.model.parameters()) else None
 
 
+def _has_counts(checkpoint: Any) -> bool:
+    """Whether optimizer steps are counted in a sharded checkpoint; also where there is none."""
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        return True
+    return any(STEP_KEY in group for groups in groups_in_folder(Path(checkpoint)) for group in groups)
+
+
 def _put_in_force(config: Any, module: Any, groups: DecayGroups) -> None:
     """Put the rules of a model in force in what its ``configure_optimizers`` returns, once."""
     optimizers = list(optimizers_in(config))
-    if rooms_in_force(optimizers, module, groups.rules) is None:
-        put_in_force(optimizers, module, groups)
+    rooms = rooms_in_force(optimizers, module, groups.rules) or put_in_force(optimizers, module, groups)
+    reference = weakref.ref(module)
+    for room in rooms:
+        room.counts_in_checkpoint = lambda: _has_counts(_sharded_checkpoint(getattr(reference(), "_trainer", None)))
 
 
 def _with_rules_in_force(configure: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ from lightning_regdecay.optim.holders import numbered_by_group, shared_lists, wi
 from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.seen import Group
 from lightning_regdecay.optim.stepping import Stepping
+from lightning_regdecay.rules.schedules import STEP_KEY
 
 _PRE, _POST = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
 _MARKS = ("_wrapped_by_lr_sched",)
@@ -77,6 +78,8 @@ class StepRoom:
         """Tells whether the fit is over that has put the rules in force."""
         self.is_last_run: Callable[[], bool] = lambda: True
         """Once disarmed, tells whether nobody has stepped since, so that what was in force can still be told."""
+        self.counts_in_checkpoint: Callable[[], bool] = lambda: True
+        """Tells whether the checkpoint that is being loaded, should there be one, has counts of steps."""
         self.steps_done = 0
         self.numbered: frozenset[str] | None = None
         """Attributes of the optimizers with an entry for each param group, when rules came for the first time."""
@@ -214,6 +217,7 @@ class StepRoom:
             hung.states = [
                 optimizer.register_state_dict_pre_hook(stepping.pause),
                 optimizer.register_state_dict_post_hook(stepping.resume),
+                optimizer.register_state_dict_post_hook(functools.partial(_leave_out_counts, weakref.ref(self))),
                 optimizer.register_load_state_dict_pre_hook(stepping.pause),
                 optimizer.register_load_state_dict_post_hook(self._loaded),
                 optimizer.register_load_state_dict_post_hook(stepping.resume),
@@ -313,6 +317,17 @@ def _without_ours(hung: _Hung, stepping: Stepping, state: dict[str, Any]) -> dic
         else:
             found[name] = value
     return found
+
+
+def _leave_out_counts(reference: weakref.ref[StepRoom], _: Any, state: dict[str, Any]) -> None:
+    """Leave the counts of steps out of a state that is made to load a checkpoint into, which has none.
+
+    ``torch.distributed.checkpoint`` (2.6 to 2.13) asks a checkpoint for all that such a state has.
+    """
+    room = reference()
+    if room is not None and not room.counts_in_checkpoint():
+        for group in state["param_groups"]:
+            group.pop(STEP_KEY, None)
 
 
 def _changes(reference: weakref.ref[StepRoom]) -> bool:
