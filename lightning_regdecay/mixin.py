@@ -12,21 +12,19 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim import Optimizer
 
-from lightning_regdecay.groups.groups import NAMES_KEY, DecayGroups, build_decay_groups
+from lightning_regdecay.groups.groups import DecayGroups, build_decay_groups
 from lightning_regdecay.groups.shards import remember_flattened
-from lightning_regdecay.optim.checks import NO_WEIGHT_DECAY, check_decays, check_options
+from lightning_regdecay.optim.building import build_over, check_signature
 from lightning_regdecay.optim.configs import lr_schedulers_in, optimizers_in
-from lightning_regdecay.optim.in_force import own_strengths, put_in_force, room_of, rooms_in_force
+from lightning_regdecay.optim.in_force import put_in_force, rooms_in_force
 from lightning_regdecay.optim.resuming import carry_over_by_name
 from lightning_regdecay.optim.saved_states import groups_in_folder
-from lightning_regdecay.optim.unnamed import same
 from lightning_regdecay.retrofit import RulesForAFit
 from lightning_regdecay.rules.forms import DecayRules, copied_rules, parse_rules, plain_rules, rules_by_group
 from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.scalars import nonnegative_number
-from lightning_regdecay.rules.schedules import STEP_KEY, STRENGTH_KEYS
+from lightning_regdecay.rules.schedules import STEP_KEY
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -232,7 +230,8 @@ def configure_own(module: Any, build_optimizer: Callable[..., Any], build_lr_sch
         What ``configure_optimizers`` is to return.
     """
     groups = _groups_of(module)
-    optimizer = _checked_optimizer(module, groups, build_optimizer)
+    _check_signature(module, build_optimizer, "param_groups", [])
+    optimizer = build_over(groups, build_optimizer)
     _check_signature(module, build_lr_scheduler, "optimizer", optimizer)
     scheduler = build_lr_scheduler(optimizer)
     config = optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
@@ -377,6 +376,14 @@ def _loggable(module: Any, rules: Any) -> Any:
     return rules_by_group(rules) if has_mlflow and isinstance(rules, Mapping) else rules
 
 
+def _check_signature(module: Any, build: Callable[..., Any], argument: str, value: Any) -> None:
+    """Raise for a method of the user's, such as ``build_optimizer``, that does not take its one argument."""
+    function = getattr(build, "__func__", None)
+    name = getattr(function, "__name__", "")
+    theirs = _of_a_base(module, name) if function is getattr(WeightDecayMixin, name, object()) else None
+    check_signature(build if theirs is None else theirs, f"{name} of {type(module).__name__}", argument, value)
+
+
 def _default_optimizer(module: Any, param_groups: list[dict[str, Any]]) -> Any:
     build = getattr(module, "optimizer", None)
     if build is None:
@@ -411,66 +418,3 @@ def _lr(module: Any) -> float | None:
             if value is not None:
                 return nonnegative_number(name, value)
     return None
-
-
-def _check_signature(module: Any, build: Callable[..., Any], argument: str, value: Any) -> None:
-    """Raise for a method of the user's, such as ``build_optimizer``, that does not take its one argument."""
-    function = getattr(build, "__func__", None)
-    name = getattr(function, "__name__", "")
-    theirs = _of_a_base(module, name) if function is getattr(WeightDecayMixin, name, object()) else None
-    try:
-        inspect.signature(build if theirs is None else theirs).bind(value)
-    except TypeError as error:
-        raise TypeError(
-            f"{name} of {type(module).__name__} cannot be called with {argument} alone ({error}); define {name}(self, "
-            f"{argument}) there"
-        ) from None
-    except ValueError:  # of what is written in C nothing is known
-        pass
-
-
-def _checked_optimizer(module: Any, groups: DecayGroups, build_optimizer: Callable[..., Any]) -> Any:
-    """The optimizer that is built over the decay groups, if it decays weights by them."""
-    param_groups = [group.as_param_group_of_own_strength() for group in groups]
-    _check_signature(module, build_optimizer, "param_groups", param_groups)
-    try:
-        optimizer = build_optimizer(param_groups)
-    except ValueError as error:
-        # torch's LBFGS (and those modelled on it) takes no groups at all, and says so in these words.
-        if "per-parameter options" in str(error):
-            raise ValueError(f"{NO_WEIGHT_DECAY.format(optimizer='the optimizer')} ({error})") from error
-        raise
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"build_optimizer must return a torch.optim.Optimizer, got {optimizer!r}")
-    kind = type(optimizer).__name__
-    check_decays([optimizer])
-    if [param_group.get("name") for param_group in optimizer.param_groups] != groups.names:
-        raise ValueError(
-            f"{kind} was not built over the decay groups {groups.names}; build_optimizer must pass on the param_groups "
-            "that it is given"
-        )
-    check_options(optimizer, groups)
-    _set_strengths(optimizer, groups, param_groups)
-    return optimizer
-
-
-def _set_strengths(optimizer: Any, groups: DecayGroups, given: Sequence[Mapping[str, Any]]) -> None:
-    """Have the λ of the rules in an optimizer over decay groups.
-
-    Raises:
-        ValueError: for an optimizer that was made with another.
-    """
-    known = own_strengths(optimizer)  # of one that the model keeps from fit to fit
-    for group, own, asked in zip(groups, optimizer.param_groups, given):
-        if group.rule is not None and group.rule.decay_mult is not None:
-            if group.name not in known or known[group.name] != own.get("weight_decay"):
-                own["weight_decay"] = group.rule.decay_mult * (own.get("weight_decay") or 0.0)
-        elif room_of(optimizer) is None:
-            for key in STRENGTH_KEYS & asked.keys():
-                if not same(own.get(key), asked[key]):
-                    raise ValueError(
-                        f"group {group.name!r} has {key}={own.get(key)!r} in the {type(optimizer).__name__} that "
-                        f"build_optimizer has made, and {asked[key]!r} by its rule; pass on the param_groups as they "
-                        "are, and set λ in the rules"
-                    )
-            own.setdefault(NAMES_KEY, asked[NAMES_KEY])

@@ -1,4 +1,4 @@
 """Rules × the model as the user wrote it: parameters, matching, groups, comparing. Uses ``rules``.
 
-Arrows: ``comparing`` → ``groups`` → ``matching`` → ``parameters``, which has all knowledge of wrappers and shards.
+Arrows: ``comparing``, ``places`` → ``groups`` → ``matching`` → ``parameters``, which knows all wrappers, → ``shards``.
 """

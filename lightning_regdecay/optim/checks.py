@@ -14,7 +14,8 @@ from lightning_regdecay.groups.parameters import ModelParameter, model_parameter
 from lightning_regdecay.groups.places import Finds, Places
 from lightning_regdecay.optim.decoupling import check_timescale, reads_option
 from lightning_regdecay.optim.holders import innermost, refuse_numbered, shared_lists, with_held
-from lightning_regdecay.optim.parting import Layer, Parting
+from lightning_regdecay.optim.layers import Layer
+from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.parts import Parted
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.rules.names import hint

@@ -15,7 +15,8 @@ from lightning_regdecay.groups.places import Places
 from lightning_regdecay.optim.checks import check_family, check_room, warn_of_strays
 from lightning_regdecay.optim.decoupling import check_timescale
 from lightning_regdecay.optim.holders import families, innermost, is_optimizer, unwrapped, with_held
-from lightning_regdecay.optim.parting import Layer, Parting, is_own
+from lightning_regdecay.optim.layers import Layer, is_own
+from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.registry import Registry
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.optim.strengths import TELLS_NO_STEPS, lengths

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
@@ -12,25 +11,11 @@ from torch import Tensor
 
 from lightning_regdecay.groups.groups import NAMES_KEY, ON_META
 from lightning_regdecay.groups.places import Finds, Place, Places
-from lightning_regdecay.optim.parts import Part, Parted
+from lightning_regdecay.optim.layers import Layer, is_own, own_place
+from lightning_regdecay.optim.parts import Part, Parted, no_lists
 from lightning_regdecay.optim.seen import Group
 from lightning_regdecay.optim.strengths import Strengths, as_number, first_peak
 from lightning_regdecay.rules.schedules import FIELDS, PEAK_KEY, SCHEDULE_KEY, STEP_KEY, DecaySchedule, schedule_of
-
-
-@dataclass(frozen=True)
-class Layer:
-    """The rules for one model in an optimizer.
-
-    Args:
-        places: where they put its parameters.
-        own: λ of each param group, by its name, that was built as decay group of these rules.
-        by_user: whether the user has put them there, not a fit.
-    """
-
-    places: Places
-    own: Mapping[str, Any] = field(default_factory=dict)
-    by_user: bool = True
 
 
 class Parting:
@@ -197,11 +182,11 @@ class Parting:
         elif finds is None:
             finds = self.find()
         found = []
-        no_lists = _no_lists(groups)
+        not_lists = no_lists(groups)
         for group, parted in zip(groups, every):
             if parted is None or parted.group is not group or not parted.is_up_to_date():
                 parted = self._new(group)
-                parted.divide(finds, self._is_ours(group, finds), no_lists)
+                parted.divide(finds, self._is_ours(group, finds), not_lists)
             elif parted.is_cut:
                 parted.take_changes()
             found.append(parted)
@@ -233,7 +218,7 @@ class Parting:
         known = {name: (layer, value) for layer in self.layers for name, value in layer.own.items()}
         found: dict[str, Any] = {}
         for group in groups:
-            place = _own_place(group, places)
+            place = own_place(group, places)
             if place is None or place.rule is None or place.rule.decay_mult is None:
                 continue
             name, held = place.group, group.get("weight_decay")
@@ -269,7 +254,7 @@ class Parting:
         gone = {
             id(parted.members[0]): parted for key, parted in self._parted.items() if parted.members and key not in known
         }
-        self.has_news, no_lists = True, _no_lists(groups)
+        self.has_news, not_lists = True, no_lists(groups)
         done = max((int(parted.group.get(STEP_KEY, 0)) for parted in self._parted.values()), default=0)
         found, replaced = [], []
         for group in groups:
@@ -282,7 +267,7 @@ class Parting:
                     if PEAK_KEY not in group and "initial_lr" not in group:
                         parted.peak_lr = max(parted.peak_lr, before.peak_lr)
             was_cut = parted.is_cut
-            parted.divide(finds, self._is_ours(group, finds), no_lists)
+            parted.divide(finds, self._is_ours(group, finds), not_lists)
             self.is_cut_anew |= parted.is_cut and len(parted.parts) > 1 and not was_cut
             self._note_schedule(parted, done)
             found.append(parted)
@@ -349,7 +334,7 @@ class Parting:
 
     def _set_own_strength(self, parted: Parted) -> None:
         """Over what a checkpoint brought, the rules' λ of a param group that was built as decay group."""
-        places = [place for layer in self.layers if (place := _own_place(parted.group, layer.places)) is not None]
+        places = [place for layer in self.layers if (place := own_place(parted.group, layer.places)) is not None]
         if parted.is_cut or not places or places[0].rule is None:
             return
         group, rule = parted.group, places[0].rule
@@ -373,7 +358,7 @@ class Parting:
     def _is_ours(self, group: Group, finds: Finds) -> bool:
         """Whether a param group is one that was built as decay group, with the parameters that it is to have."""
         for layer in self.layers:
-            place = _own_place(group, layer.places)
+            place = own_place(group, layer.places)
             if place is not None:
                 found = (finds.get(id(parameter)) for parameter in group["params"])
                 return all(one is None or one.place is place for one in found)
@@ -430,26 +415,6 @@ class Parting:
                 f"training: decay rules that give λ hold against it (in groups {', '.join(by_number)}); rules with "
                 "decay_mult follow it, and a schedule moves λ by itself"
             )
-
-
-def _no_lists(groups: Iterable[Group]) -> frozenset[str]:
-    """The options that are lists in param groups, and in some of another length than their parameters."""
-    return frozenset(
-        key
-        for group in groups
-        for key, value in group.items()
-        if type(value) is list and len(value) != len(group["params"])
-    )
-
-
-def is_own(group: Mapping[str, Any], places: Places) -> bool:
-    """Whether a param group was built as decay group of some rules."""
-    return _own_place(group, places) is not None
-
-
-def _own_place(group: Mapping[str, Any], places: Places) -> Place | None:
-    """The place of a param group that was built as decay group, by its name and the names of its members."""
-    return places.by_name.get(str(group.get("name"))) if NAMES_KEY in group else None
 
 
 def _forget_held(parted: Parted) -> None:

@@ -260,3 +260,13 @@ class Parted:
         return key not in self.group and all(
             type(part.group[key]) is list and len(part.group[key]) == len(part.numbers) for part in self.parts
         )
+
+
+def no_lists(groups: Iterable[Group]) -> frozenset[str]:
+    """The options that are lists in param groups, and in some of another length than their parameters."""
+    return frozenset(
+        key
+        for group in groups
+        for key, value in group.items()
+        if type(value) is list and len(value) != len(group["params"])
+    )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
-import math
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,19 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_regdecay.groups.matching import listed
 from lightning_regdecay.groups.parameters import ModelParameter, model_parameters
 from lightning_regdecay.optim.holders import unwrapped, with_held
 from lightning_regdecay.optim.lr_schedulers import CarriedGroups, carry_lr_scheduler, set_on_instance
+from lightning_regdecay.optim.saved_options import (
+    NOT_CARRIED,
+    changes,
+    check_same_optimizer,
+    lr_of_a_new_group,
+    named,
+    steps_in,
+    warn_of_the_rest,
+)
 from lightning_regdecay.optim.saved_states import (
-    IDENTITY_KEYS,
     SavedState,
     check_names,
     first_names,
@@ -32,17 +37,9 @@ from lightning_regdecay.optim.saved_states import (
     read_state,
     saved_names,
 )
-from lightning_regdecay.optim.strengths import TELLS_NO_STEPS, as_number
+from lightning_regdecay.optim.strengths import TELLS_NO_STEPS
 from lightning_regdecay.optim.unnamed import fits, same, shaped
-from lightning_regdecay.rules.schedules import PEAK_KEY, STEP_KEY, STRENGTH_KEYS, strength_of, strength_text
-
-SCHEDULER_KEYS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
-"""What torch's lr schedulers write into param groups."""
-FLAGS = {"foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
-"""Options that came to torch's optimizers over time, so that checkpoints of older versions lack them."""
-_NOT_CARRIED = IDENTITY_KEYS | STRENGTH_KEYS | {PEAK_KEY, "decay_added"}
-"""What is not taken from a checkpoint, or not as an option: ``decay_added`` is of version 0.1."""
-_MOST_NAMED = 8  # parameters in a message
+from lightning_regdecay.rules.schedules import PEAK_KEY, STEP_KEY, strength_of
 
 _carriers: weakref.WeakKeyDictionary[Any, weakref.ref[_Carrier]] = weakref.WeakKeyDictionary()
 """Kept by the hooks of each optimizer."""
@@ -197,9 +194,9 @@ class _Carrier:
         known = self._known()
         names = _names_of(optimizer, known)
         saved = read_state(state_dict, self._groups_beside(names, known), known)
-        _check_same_optimizer(optimizer, saved.groups)
+        check_same_optimizer(optimizer, saved.groups)
         sources = [self._sources(group, own, saved) for group, own in zip(optimizer.param_groups, names)]
-        steps = _steps_in(saved)
+        steps = steps_in(saved)
         if steps is None:
             steps = self._steps_done()
             if steps == 0 and any(STEP_KEY in group for group in optimizer.param_groups):
@@ -223,7 +220,7 @@ class _Carrier:
         self._checkpoint = lambda: None  # what is saved from now on is this run
         for remark in remarks:
             rank_zero_info(remark)
-        _warn_of_the_rest({name for own in names for name in own}, saved)
+        warn_of_the_rest({name for own in names for name in own}, saved)
         return {**state_dict, "state": state, "param_groups": groups}
 
     def _check_states_around(
@@ -258,7 +255,7 @@ class _Carrier:
             group["params"] = [places.pop(name) for name in own if name in places]
         if places:
             raise ValueError(
-                f"the checkpoint has no optimizer state of {_named(places)} (new, or frozen when it was saved). "
+                f"the checkpoint has no optimizer state of {named(places)} (new, or frozen when it was saved). "
                 "torch.distributed.checkpoint restores all parameters or none: train the same ones, or start the run "
                 "from the weights alone"
             )
@@ -302,7 +299,7 @@ class _Carrier:
         first, *others = found or [0]
         for number in others:
             one, other = saved.groups[first], saved.groups[number]
-            for key in sorted((one.keys() | other.keys()) - _NOT_CARRIED):
+            for key in sorted((one.keys() | other.keys()) - NOT_CARRIED):
                 if not same(one.get(key), other.get(key)):
                     raise ValueError(
                         f"group {group.get('name', '')!r} joins parameters whose {key} differs in the checkpoint: "
@@ -321,11 +318,11 @@ class _Carrier:
             if before and strength_of(before[0]) == strength_of(today):
                 today["weight_decay"] = before[0]["weight_decay"]  # until the next step sets it
         if not before:
-            return {**today, **_lr_of_a_new_group(group, saved.groups)}
-        options = {**today, **{key: value for key, value in before[0].items() if key not in _NOT_CARRIED}}
+            return {**today, **lr_of_a_new_group(group, saved.groups)}
+        options = {**today, **{key: value for key, value in before[0].items() if key not in NOT_CARRIED}}
         if PEAK_KEY in today:
             options[PEAK_KEY] = before[0].get(PEAK_KEY, today[PEAK_KEY])
-        remarks += _changes(group, before, today, options)
+        remarks += changes(group, before, today, options)
         return options
 
 
@@ -343,33 +340,6 @@ def _checked_state(name: str, parameter: torch.Tensor, state: Any) -> Any:
             f"{tuple(parameter.shape)}: it cannot go on; start the run from the weights alone"
         )
     return state
-
-
-def _check_same_optimizer(optimizer: Optimizer, saved_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise for the state of another kind of optimizer, as far as the options in its param groups tell."""
-    ours = set(optimizer.defaults) - FLAGS - _NOT_CARRIED
-    users = {key for group in optimizer.param_groups for key in group} - set(optimizer.defaults)
-    for group in saved_groups:
-        theirs = set(group) - FLAGS - _NOT_CARRIED - SCHEDULER_KEYS - users
-        # A group may have keys of the user's own; those of other optimizers tell.
-        more, less = (theirs - ours) & _options_of_torch(), ours - theirs
-        decoupled, today = (g.get("decoupled_weight_decay") for g in (group, optimizer.defaults))
-        if more or less or (decoupled is not None and today is not None and decoupled != today):
-            has = [f"it has the options {listed(sorted(more))}"] if more else []
-            lacks = [f"it lacks {listed(sorted(less))}"] if less else []
-            other = [f"its decoupled_weight_decay is {decoupled}"] if not has + lacks else []
-            raise ValueError(
-                f"the optimizer state in the checkpoint is not that of {type(optimizer).__name__}: "
-                f"{' and '.join(has + lacks + other)}; resume with the optimizer that it is of, or start the run from "
-                "the weights alone"
-            )
-
-
-@functools.cache
-def _options_of_torch() -> frozenset[str]:
-    """The names of all options of torch's optimizers."""
-    kinds = [kind for kind in vars(torch.optim).values() if isinstance(kind, type) and issubclass(kind, Optimizer)]
-    return frozenset(name for kind in kinds for name in inspect.signature(kind).parameters)
 
 
 def _names_of(optimizer: Optimizer, known: Sequence[ModelParameter]) -> list[list[str]]:
@@ -394,73 +364,3 @@ def _names_of(optimizer: Optimizer, known: Sequence[ModelParameter]) -> list[lis
         names.append(own)
     check_names((name for own in names for name in own), f"the {type(optimizer).__name__}")
     return names
-
-
-def _lr_of_a_new_group(group: Mapping[str, Any], saved_groups: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The lr of a group of new parameters only: its own, as far through the lr schedule as that of the others."""
-    factors = [
-        as_number(other["lr"]) / float(other["initial_lr"])
-        for other in saved_groups
-        if "lr" in other and other.get("initial_lr")
-    ]
-    if not factors or "initial_lr" not in group or isinstance(group["lr"], torch.Tensor):
-        return {}
-    if not math.isclose(min(factors), max(factors), rel_tol=1e-9):
-        rank_zero_warn(
-            f"group {group.get('name', '')!r} has new parameters only, and begins with the lr {group['lr']:g}: the "
-            "groups in the checkpoint have not all come equally far in the lr schedule"
-        )
-        return {}
-    return {"lr": group["initial_lr"] * factors[0]}
-
-
-def _changes(
-    group: Mapping[str, Any], before: Sequence[Mapping[str, Any]], today: Mapping[str, Any], goes_on: Mapping[str, Any]
-) -> list[str]:
-    """What the user is told of a param group that goes on with other values than it had, or than are configured."""
-    label = f"group {group.get('name', '')!r}"
-    remarks = []
-    if any(strength_of(other) != strength_of(goes_on) for other in before):
-        was = " and ".join(dict.fromkeys(map(strength_text, before)))
-        remarks.append(f"weight decay of {label}: {was} (checkpoint) → {strength_text(goes_on)} (rules)")
-    cycled = {"betas", "momentum"} if "max_momentum" in before[0] else set()
-    for key in sorted(today.keys() - _NOT_CARRIED - SCHEDULER_KEYS - FLAGS - cycled - {"lr"}):
-        if key in before[0] and not same(before[0][key], today[key]):
-            remarks.append(f"{key} of {label}: {before[0][key]} (checkpoint) goes on, {today[key]} is configured")
-    lr, configured = (as_number(g.get("initial_lr", g.get("lr"))) for g in (before[0], today))
-    if lr != configured:
-        remarks.append(f"lr of {label}: {lr:g} (checkpoint) goes on, {configured:g} is configured")
-    return remarks
-
-
-def _steps_in(saved: SavedState) -> int | None:
-    """The optimizer steps that a checkpoint tells of, None where it tells of none."""
-    counted = [int(group[STEP_KEY]) for group in saved.groups if STEP_KEY in group]
-    own = [state["step"] for state in saved.state.values() if isinstance(state, Mapping) and "step" in state]
-    return max(counted or map(int, own), default=None)
-
-
-def _warn_of_the_rest(names: set[str], saved: SavedState) -> None:
-    missing = [name for name in names if name not in saved.group_of]
-    unused = [name for name in saved.group_of if name not in names and saved.state.get(saved.key_of.get(name))]
-    tied = saved.keys - set(saved.key_of.values())
-    if any(saved.state.get(key) for key in tied):
-        rank_zero_warn(
-            f"the checkpoint has optimizer states of {len(tied)} parameters that are tied to others now: those of the "
-            "first names go on"
-        )
-    if missing:
-        rank_zero_warn(
-            f"the checkpoint has no optimizer state of {_named(missing)}: new, or frozen when it was saved; they start "
-            "without"
-        )
-    if unused:
-        rank_zero_warn(
-            f"the checkpoint has optimizer state of {_named(unused)} that is not used: gone from the model, or frozen "
-            "now"
-        )
-
-
-def _named(names: Collection[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return listed(sorted(names)[:_MOST_NAMED]) + more

@@ -1,4 +1,4 @@
 """What the user writes: rules, the forms they come in and go out as, schedules, presets. Knows no model.
 
-Arrows: ``exporting`` → ``rules`` → ``presets``, ``schedules`` → ``names``, ``scalars``.
+Arrows: ``exporting`` → ``forms`` → ``rules``, ``presets`` → ``schedules`` → ``names``, ``scalars``.
 """

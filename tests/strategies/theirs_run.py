@@ -1,4 +1,4 @@
-"""Trains with the rules in force in optimizers of others, in two processes: theirs_run.py OUT. Run by test_theirs.py."""
+"""Trains with the rules in force in optimizers of others: theirs_run.py OUT (2 processes). Run by test_theirs.py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,35 @@
+"""The rules for one model in an optimizer, and param groups that were built by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_regdecay.groups.groups import NAMES_KEY
+from lightning_regdecay.groups.places import Place, Places
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The rules for one model in an optimizer.
+
+    Args:
+        places: where they put its parameters.
+        own: λ of each param group, by its name, that was built as decay group of these rules.
+        by_user: whether the user has put them there, not a fit.
+    """
+
+    places: Places
+    own: Mapping[str, Any] = field(default_factory=dict)
+    by_user: bool = True
+
+
+def is_own(group: Mapping[str, Any], places: Places) -> bool:
+    """Whether a param group was built as decay group of some rules."""
+    return own_place(group, places) is not None
+
+
+def own_place(group: Mapping[str, Any], places: Places) -> Place | None:
+    """The place of a param group that was built as decay group, by its name and the names of its members."""
+    return places.by_name.get(str(group.get("name"))) if NAMES_KEY in group else None
