@@ -49,10 +49,11 @@ def with_held(optimizer: Any) -> list[Any]:
     found: list[Any] = []
     seen: set[int] = set()
     waiting = deque([optimizer])
-    ids = _param_ids(optimizer)
+    ids = _param_ids(optimizer) | _group_ids(optimizer)
     while waiting:
         one = unwrapped(waiting.popleft())
-        if id(one) in seen or not (one is optimizer or ids & _param_ids(one)):
+        # Under DeepSpeed ZeRO-3 param groups are shared, and empty between the steps.
+        if id(one) in seen or not (one is optimizer or ids & (_param_ids(one) | _group_ids(one))):
             continue
         seen.add(id(one))
         if steps_itself(one):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
@@ -35,19 +35,19 @@ class Parting:
 
     # In a step.
 
-    def begin(self, lists: Iterable[list[Group]], set_schedules: bool = True) -> None:
+    def begin(self, lists: Iterable[list[Group]], begun: Container[int] | None = None) -> None:
         """Set the λ of a step, in the parts and in groups that have a schedule themselves.
 
         Args:
             lists: of all param groups; what is known of others is forgotten.
-            set_schedules: False leaves λ of groups that have a schedule themselves as it is.
+            begun: where these are some of all, the ids of those that begin a step; that of others goes on.
 
         Raises:
             ValueError: for a schedule whose length is not known, or parameters on the meta device.
         """
         groups = [group for groups in lists for group in groups]
         every = self._up_to_date(groups)
-        if len(every) != len(self._parted):
+        if begun is None and len(every) != len(self._parted):
             self._parted = {id(parted.group): parted for parted in every}
         for number, parted in enumerate(every):
             if parted.is_on_meta:
@@ -55,7 +55,7 @@ class Parting:
             if parted.is_cut:
                 for part in parted.parts:
                     self._set(part, parted)
-            elif set_schedules:
+            elif begun is None or id(parted.group) in begun:
                 self._follow(parted)
 
     def go_on(self, groups: list[Group]) -> None:

@@ -79,8 +79,8 @@ class _Step:
 
     levels: list[_Level]
     """Calls of ``step`` inside each other."""
-    is_turn: bool
-    """Whether it goes on with a step of DeepSpeed's."""
+    begun: set[int] | None
+    """The param groups, by id, that it is a new step of; None for all."""
     version: int | None
     """Of the parameters, where their change tells a step."""
     thread: int = field(default_factory=threading.get_ident)
@@ -113,7 +113,8 @@ class Stepping:
         self._layers = 0
         """Calls of our layer that are running, each of which leaves nothing behind."""
         self._is_paused = False
-        self._turns: set[int] = set()
+        self._turns: dict[int, set[int]] = {}
+        """For each param group the first parameters of calls that make up a step of DeepSpeed's."""
 
     # Hooks of an optimizer, and what our layer calls in their place.
 
@@ -171,10 +172,10 @@ class Stepping:
         if is_rehearsal(optimizer.param_groups):  # which moves nothing, before the length of the run is known
             _allow_states_without_counts(optimizer.param_groups)
             return
-        is_turn = is_called_by_deepspeed() and not self._begins_step(optimizer)
-        step = _Step([level], is_turn, self._version(optimizer))
+        begun = self._begun(optimizer) if is_called_by_deepspeed() else None
+        step = _Step([level], begun, self._version(optimizer))
         parting, lists = self.room.parting, shared_lists(self.room.members)
-        parting.begin(lists, set_schedules=not is_turn)  # all is made, and may fail, before anything moves
+        parting.begin(lists, begun)  # all is made, and may fail, before anything moves
         self._check()
         step.swaps = [_Swap(groups, self._inside(groups), list(groups)) for groups in lists]
         self._step = step
@@ -354,9 +355,7 @@ class Stepping:
         if not done and step.version != self._version(optimizer):  # a wrapper that has moved the weights by itself
             done = [optimizer]
         groups = {id(group): group for one in done for group in one.param_groups if STEP_KEY in group}
-        if not groups or step.is_turn:
-            return []
-        return self.room.parting.counts(groups.values())
+        return self.room.parting.counts(g for key, g in groups.items() if step.begun is None or key in step.begun)
 
     def _version(self, optimizer: Any) -> int | None:
         """A number that changes with the parameters, for an optimizer that leaves the step to others."""
@@ -365,17 +364,21 @@ class Stepping:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         return sum(0 if p.is_inference() else p._version for p in params)
 
-    def _begins_step(self, optimizer: Any) -> bool:
-        """Whether a call is the first of a step of DeepSpeed ZeRO-3 (0.19), which makes one for each part of a group.
+    def _begun(self, optimizer: Any) -> set[int]:
+        """The param groups, by id, of which a call of DeepSpeed's (0.19) is the first one of a step.
 
-        Each has another first parameter, so the next step begins where one had its turn already.
+        ZeRO 1 and 2 make a call for each group, ZeRO-3 for each part of a group. Each part has another first parameter,
+        so the next step of a group begins where one had its turn already.
         """
-        first = next((id(group["params"][0]) for group in optimizer.param_groups if group["params"]), 0)
-        begins = not self._turns or first in self._turns
-        if begins:
-            self._turns.clear()
-        self._turns.add(first)
-        return begins
+        begun = set()
+        for group in optimizer.param_groups:
+            if group["params"]:
+                turns, first = self._turns.setdefault(id(group), set()), id(group["params"][0])
+                if not turns or first in turns:
+                    turns.clear()
+                    begun.add(id(group))
+                turns.add(first)
+        return begun
 
 
 def _move_in(step: _Step) -> None:

@@ -27,6 +27,16 @@ from lightning_regdecay.rules.schedules import DecaySchedule
 SCHEDULE = DecaySchedule("linear", 0.0, 0.1, steps=10)
 
 
+class Run:
+    """What the monitor reads of a Trainer, which refuses DeepSpeed on a CPU."""
+
+    global_step = 3
+
+    def __init__(self, optimizer: Any, engine: Any) -> None:
+        self.optimizers = [optimizer]
+        self.strategy = SimpleNamespace(model=engine)
+
+
 def main(stage: int, out: Path) -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo")
@@ -54,8 +64,7 @@ def main(stage: int, out: Path) -> None:
 
     live = next(group for group in optimizer.param_groups if group["name"] == "linear")["weight_decay"]
     monitor = WeightDecayMonitor(summary=False)
-    # What the monitor reads of a Trainer, which refuses DeepSpeed on a CPU.
-    trainer = SimpleNamespace(global_step=3, optimizers=[optimizer], strategy=SimpleNamespace(model=engine))
+    trainer = Run(optimizer, engine)
     monitor.on_train_start(trainer, model)
     with CommDebugMode() as mode:
         metrics = monitor._metrics(trainer)
