@@ -71,13 +71,15 @@ class DecayGroup:
                 a rule has no ``weight_decay`` here, so that the optimizer fills in its own.
 
         Raises:
-            ValueError: for a rule with ``decay_mult``, where ``weight_decay`` is not given; where the model has other
-                parameters in the place of these by now.
+            ValueError: for a rule with ``decay_mult``, where ``weight_decay`` is not given; for parameters on the meta
+                device, or in whose place the model has others by now.
 
         >>> groups = build_decay_groups(nn.Linear(2, 1), {"bias": 0.0})
         >>> [sorted(group.as_param_group()) for group in groups]
         [['decay_params', 'name', 'params', 'weight_decay'], ['decay_params', 'name', 'params']]
         """
+        if any(parameter.is_meta for parameter in self.params.values()):
+            raise ValueError(ON_META.format(group=self.name))
         for name, parameter in self.params.items():
             held = _held(self.owners.get(name), name)
             if held is not None and held is not parameter:
