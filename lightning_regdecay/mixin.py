@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,8 @@ from lightning_regdecay.optim.configs import lr_schedulers_in, optimizers_in
 from lightning_regdecay.optim.in_force import put_in_force, rooms_in_force
 from lightning_regdecay.optim.resuming import carry_over_by_name
 from lightning_regdecay.optim.saved_states import groups_in_folder
-from lightning_regdecay.retrofit import RulesForAFit
-from lightning_regdecay.rules.forms import DecayRules, copied_rules, parse_rules, plain_rules, rules_by_group
-from lightning_regdecay.rules.rules import DecayRule
+from lightning_regdecay.retrofit import RulesForAFit, logged_rules
+from lightning_regdecay.rules.forms import DecayRules, copied_rules, parse_rules, plain_rules
 from lightning_regdecay.rules.scalars import nonnegative_number
 from lightning_regdecay.rules.schedules import STEP_KEY
 
@@ -167,12 +166,20 @@ class WeightDecayMixin(_Base):
             # Not the same object again: whoever changes the hyperparameter is to be noticed.
             self._decay_rules_given = (plain_rules(given), copied_rules(given))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down the rules, presets as what they stand for."""
+        super().on_save_checkpoint(checkpoint)
+        rules = _rules_of(self)
+        if rules is not None:
+            checkpoint["decay_rules"] = plain_rules(parse_rules(rules))
+
     @property
     def hparams_initial(self) -> Any:
-        """As in Lightning, for the loggers; the rules as plain data."""
+        """As in Lightning, for the loggers; the rules in force as plain data, wherever they come from."""
         hparams = super().hparams_initial
-        if isinstance(hparams, dict) and hparams.get("decay_rules") is not None:
-            hparams["decay_rules"] = _loggable(self, plain_rules(hparams["decay_rules"]))
+        rules = _rules_of(self)
+        if isinstance(hparams, dict) and "decay_rules" in hparams and rules is not None:
+            hparams["decay_rules"] = logged_rules(rules, getattr(self, "_trainer", None))
         return hparams
 
 
@@ -201,9 +208,9 @@ class _RulesOfModule(RulesForAFit):
                 return None
         return module
 
-    def rules(self, model: Any) -> tuple[DecayRule, ...]:
-        """The rules as they are now."""
-        return parse_rules(_given_rules_of(model))
+    def given_rules(self, model: Any) -> DecayRules:
+        """The rules in the form that they were given in."""
+        return _given_rules_of(model)
 
     def decay_groups(self, model: Any) -> DecayGroups:
         """The groups of the rules."""
@@ -358,22 +365,6 @@ def _rules_of(module: Any) -> DecayRules | None:
         return hyperparameter if given is None or hyperparameter != stored else given
     of_class = type(module).decay_rules
     return module.decay_rules if isinstance(of_class, property) else of_class  # type: ignore[no-any-return]
-
-
-def _loggable(module: Any, rules: Any) -> Any:
-    """Rules as the loggers of a model take them."""
-    # LightningModule.trainer raises where there is no Trainer, _trainer does not.
-    trainer = getattr(module, "_trainer", None)
-    if trainer is None:
-        return rules
-    # Lightning refuses a hyperparameter that the data module has as well unless the two are equal, types included.
-    datamodule = getattr(trainer, "datamodule", None)
-    of_data = getattr(datamodule, "hparams", {}).get("decay_rules")
-    if of_data is not None and plain_rules(of_data) == rules:
-        return of_data
-    # MLflow (3.17) refuses parameter names with `*`.
-    has_mlflow = any(cls.__name__ == "MLFlowLogger" for logger in trainer.loggers for cls in type(logger).__mro__)
-    return rules_by_group(rules) if has_mlflow and isinstance(rules, Mapping) else rules
 
 
 def _check_signature(module: Any, build: Callable[..., Any], argument: str, value: Any) -> None:

@@ -75,7 +75,7 @@ class WeightDecayMonitor(Callback):
         self._left_out: set[str] = set()
         self._l2_norm: GroupL2Norm | None = None  # kept, as to make one takes as long as the norms of a small model
         self._parameters: dict[str, torch.nn.Parameter] = {}  # of the model, by name
-        self._is_restored = False
+        self._is_restored = self._evaluates = False
         self._trainer: weakref.ref[Trainer] | None = None  # of the run that the history is of
 
     @property
@@ -88,14 +88,18 @@ class WeightDecayMonitor(Callback):
         return {"history": [dict(record) for record in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the history of a checkpoint."""
-        self.history = [dict(record) for record in state_dict["history"]]
-        self._is_restored = True
+        """Take up the history of a checkpoint, unless it is loaded to be validated or tested."""
+        if not self._evaluates:
+            self.history = [dict(record) for record in state_dict["history"]]
+            self._is_restored = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the history of a checkpoint that was validated, or of a fit that failed: what is loaded comes next."""
-        if stage == "fit":
-            self._is_restored = False
+        """Note what a checkpoint is loaded for, should one be."""
+        self._evaluates, self._is_restored = stage != "fit", False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Whatever is loaded from now on is loaded by hand."""
+        self._evaluates = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the history anew unless the run goes on from a checkpoint, and print the table of the groups."""
@@ -141,6 +145,7 @@ class WeightDecayMonitor(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the model."""
+        self._evaluates = False
         self._let_go()
 
     def _let_go(self) -> None:

@@ -19,7 +19,7 @@ from lightning_regdecay.optim.in_force import armed_for, every_room, has_members
 from lightning_regdecay.optim.resuming import stop_carrying
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.optim.witness import Witness
-from lightning_regdecay.rules.forms import DecayRules, parse_rules
+from lightning_regdecay.rules.forms import DecayRules, loggable_rules, parse_rules, plain_rules, rules_by_group
 from lightning_regdecay.rules.rules import DecayRule
 
 OF_THE_MODEL = ("log", "log_dict")
@@ -54,9 +54,13 @@ class RulesForAFit(Callback):
         """The module that the rules are for, None where there are none to bring."""
         return trainer.lightning_module
 
+    def given_rules(self, model: Any) -> DecayRules:
+        """The rules as they are now, in the form that they were given in."""
+        raise NotImplementedError
+
     def rules(self, model: Any) -> Sequence[DecayRule]:
         """The rules as they are now."""
-        raise NotImplementedError
+        return parse_rules(self.given_rules(model))
 
     def decay_groups(self, model: Any) -> DecayGroups:
         """The groups of the rules."""
@@ -82,6 +86,8 @@ class RulesForAFit(Callback):
         """Put the rules in force, before a checkpoint is loaded and before anybody trains."""
         self._max_epochs = trainer.max_epochs  # before weight averaging adds an epoch without steps
         self._put_in_force(trainer)
+        if self.model(trainer) is pl_module:
+            _log(trainer, logged_rules(self.given_rules(pl_module), trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask lengths and peaks anew, as a run begins."""
@@ -144,6 +150,11 @@ class RulesForAFit(Callback):
             "but not in its step(); let training call step() of the optimizer that configure_optimizers returns, or "
             "put the rules in force in the one that it calls, with apply_decay_rules(optimizer, model, rules)"
         )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write down the rules that are in force, presets as what they stand for."""
+        if self.model(trainer) is pl_module:
+            checkpoint["decay_rules"] = plain_rules(self.rules(pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave all as it was."""
@@ -215,6 +226,33 @@ class RulesForAFit(Callback):
         let_go_of_model(self)
 
 
+def logged_rules(rules: DecayRules, trainer: Any) -> Any:
+    """Rules as the loggers of a Trainer take them, with a value for each rule."""
+    plain = plain_rules(rules)
+    if trainer is None:
+        return plain
+    # Lightning refuses a hyperparameter that the data module has as well unless the two are equal, types included.
+    of_data = getattr(getattr(trainer, "datamodule", None), "hparams", {}).get("decay_rules")
+    if of_data is not None and plain_rules(of_data) == plain:
+        return of_data
+    # MLflow (3.17) refuses parameter names with `*`.
+    has_mlflow = any(cls.__name__ == "MLFlowLogger" for logger in trainer.loggers for cls in type(logger).__mro__)
+    return rules_by_group(loggable_rules(rules)) if has_mlflow else loggable_rules(rules)
+
+
+def _log(trainer: Trainer, rules: Any) -> None:
+    """Give rules to the loggers, beside the hyperparameters.
+
+    Lightning (2.5 to 2.6) gives them the hyperparameters a little later; TensorBoard shows what it gets first.
+    """
+    hparams: dict[str, Any] = {}
+    for holder in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
+        if getattr(holder, "_log_hyperparams", False) and isinstance(holder.hparams_initial, dict):
+            hparams.update(holder.hparams_initial)
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**hparams, "decay_rules": rules})
+
+
 def let_go_of_model(callback: Callback) -> None:
     """Take away the methods of the model that Lightning has put on a callback, until the next fit."""
     for name in OF_THE_MODEL:
@@ -248,9 +286,9 @@ class WeightDecayRules(RulesForAFit):
         self.decay_rules = decay_rules
         self.decay_strict = decay_strict
 
-    def rules(self, model: nn.Module) -> Sequence[DecayRule]:
-        """The rules as they are now."""
-        return parse_rules(self.decay_rules)
+    def given_rules(self, model: nn.Module) -> DecayRules:
+        """The rules in the form that they were given in."""
+        return self.decay_rules
 
     def decay_groups(self, model: nn.Module) -> DecayGroups:
         """The groups of the rules."""

@@ -12,6 +12,7 @@ from helpers import LitHparams, trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_regdecay import WeightDecayMonitor
+from lightning_regdecay.rules.forms import shortest_rules
 
 BLOCK, FULL, LAST = 32768, 1, 4
 RULES = {"*.bias": 0.0, "slow": {"params": ["head.*", "norm.*"], "weight_decay": "1e-3"}, "*": 0.05}
@@ -65,7 +66,7 @@ def test_tensorboard(tmp_path):
         "lr": 0.01,
         "decay_rules/*.bias": 0.0,
         "decay_rules/slow/params": "['head.*', 'norm.*']",
-        "decay_rules/slow/weight_decay": "1e-3",
+        "decay_rules/slow/weight_decay": 0.001,
         "decay_rules/*": 0.05,
     }
 
@@ -84,7 +85,7 @@ def test_mlflow(tmp_path, monkeypatch):
         "decay_rules/bias/params": "*.bias",
         "decay_rules/bias/weight_decay": "0.0",
         "decay_rules/slow/params": "['head.*', 'norm.*']",
-        "decay_rules/slow/weight_decay": "1e-3",
+        "decay_rules/slow/weight_decay": "0.001",
         "decay_rules/rest/params": "*",
         "decay_rules/rest/weight_decay": "0.05",
     }
@@ -140,7 +141,7 @@ def test_wandb_offline(tmp_path):
     assert [row["trainer/global_step"] for row in rows] == [1, 3, 5, 7]
     for key in KEYS:
         assert [row[key] for row in rows] == pytest.approx(values(history, key), rel=1e-12)
-    assert config["decay_rules"] == RULES
+    assert config["decay_rules"] == shortest_rules(RULES)  # numbers are numbers
 
 
 def test_several_loggers_and_none(tmp_path):

@@ -492,6 +492,37 @@ class TestHistory:
         assert [record["step"] for record in straight.history] == [4, 8, 12]
         assert resumed.history == straight.history
 
+    @pytest.mark.parametrize("how", ["validate", "test", "predict", "a fit that failed", "a fit that failed later"])
+    def test_of_a_checkpoint_that_was_only_looked_at_goes_into_no_fit(self, how, tmp_path):
+        class Lit(LitRules):
+            def test_step(self, batch, batch_idx):
+                pass
+
+            def predict_step(self, batch, batch_idx):
+                pass
+
+            def on_fit_start(self):
+                if how == "a fit that failed":
+                    raise ArithmeticError
+
+            def on_train_start(self):
+                if how == "a fit that failed later":
+                    raise ArithmeticError
+
+        for name, callbacks, epochs in (("watched", [WeightDecayMonitor()], 2), ("unwatched", [], 1)):
+            run = trainer(max_epochs=epochs, callbacks=callbacks)
+            run.fit(LitRules())
+            run.save_checkpoint(tmp_path / name)
+        monitor = WeightDecayMonitor()
+        run = trainer(max_epochs=4, callbacks=[monitor])
+        if how.startswith("a fit"):
+            with pytest.raises(ArithmeticError):
+                run.fit(Lit(), ckpt_path=tmp_path / "watched")
+        else:
+            getattr(run, how)(Lit(), digits_loader(64), ckpt_path=tmp_path / "watched")
+        trainer(max_epochs=3, callbacks=[monitor]).fit(LitRules(), ckpt_path=tmp_path / "unwatched")
+        assert [record["step"] for record in monitor.history] == [8, 12]
+
     def test_several_monitors_keep_their_own(self, tmp_path):
         def monitors():
             return [WeightDecayMonitor(prefix="a"), WeightDecayMonitor(every_n_steps=1, prefix="b", summary=False)]

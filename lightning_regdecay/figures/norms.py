@@ -128,7 +128,7 @@ class GroupL2Norm(Metric):
                 if not is_measurable(part):
                     raise TypeError(f"group {name!r} must get tensors with strides, or sparse ones, got {part.layout}")
                 if part.layout != torch.strided:
-                    part = (part.coalesce() if part.layout == torch.sparse_coo else part).values()
+                    part = (part.coalesce() if part.layout == torch.sparse_coo else part).values().detach()
                 by_shards.setdefault(shards, []).append(part)
             for shards, of_group in by_shards.items():
                 parts.append(of_group)
@@ -148,7 +148,8 @@ class GroupL2Norm(Metric):
         """Follow a module to another device, but keep float64 where the module is cast."""
         sums: Tensor = self.sums_of_squares
         applied = super()._apply(fn, *args, **kwargs)
-        self.sums_of_squares = sums.to(self.sums_of_squares.device)
+        device = self.sums_of_squares.device
+        self.sums_of_squares = sums.new_zeros(sums.shape, device=device) if sums.is_meta else sums.to(device)
         self._defaults["sums_of_squares"] = torch.zeros_like(self.sums_of_squares)
         return applied
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_regdecay.groups.groups import DecayGroup, DecayGroups, build_decay_groups, numel_of
 from lightning_regdecay.rules.forms import DecayRules
+from lightning_regdecay.rules.rules import equal_options
 
 _MOST_PATTERNS = 12  # printed for one move
 
@@ -101,7 +102,7 @@ def compare(module: nn.Module, before: DecayRules, after: DecayRules, *, strict:
     for group in groups_before:
         moved: dict[str, dict[str, nn.Parameter]] = {}
         for name, parameter in group.params.items():
-            if _treatment(group) != _treatment(becomes[name]):
+            if not equal_options(_treatment(group), _treatment(becomes[name])):
                 moved.setdefault(becomes[name].name, {})[name] = parameter
         moves += [Move(group, other, moved[other.name]) for other in groups_after if other.name in moved]
     return Comparison(groups_before, groups_after, tuple(moves))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, SupportsIndex, overload
 
 from lightning.fabric.utilities import rank_zero_warn
@@ -39,13 +40,13 @@ class DecayGroup:
         rule: the rule that took the parameters (the first, where several rules share the group), or None for the group
             ``default`` of what no rule took.
         params: parameter name to parameter, in the order of the model.
-        owners: parameter name to the module that owns it.
+        model: refers to the model.
     """
 
     name: str
     rule: DecayRule | None
     params: Mapping[str, nn.Parameter]
-    owners: Mapping[str, nn.Module] = field(default_factory=dict, compare=False)
+    model: Callable[[], nn.Module | None] = field(default=lambda: None, compare=False)
 
     def __repr__(self) -> str:
         return (
@@ -80,14 +81,7 @@ class DecayGroup:
         """
         if any(parameter.is_meta for parameter in self.params.values()):
             raise ValueError(ON_META.format(group=self.name))
-        for name, parameter in self.params.items():
-            held = _held(self.owners.get(name), name)
-            if held is not None and held is not parameter:
-                raise ValueError(
-                    f"group {self.name!r} holds {name!r}, in whose place the model has another parameter by now (given "
-                    "memory by to_empty, or loaded with assign=True), so that no step would move it; build the groups "
-                    "after that"
-                )
+        _refuse_stale([self], self.model())
         group = self.as_param_group_of_own_strength()
         if self.rule is not None and self.rule.decay_mult is not None:
             if weight_decay is None:
@@ -152,7 +146,8 @@ class DecayGroups(list[DecayGroup]):
 
     def as_param_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
         """The groups as ``torch.optim.Optimizer`` takes them, see :meth:`DecayGroup.as_param_group`."""
-        return [group.as_param_group(weight_decay) for group in self]
+        _refuse_stale(self, self[0].model() if self else None)
+        return [replace(group, model=lambda: None).as_param_group(weight_decay) for group in self]
 
     def text_of(self, name: str) -> str:
         """The selectors of the rule, or rules, that a group is made of."""
@@ -254,27 +249,28 @@ def build_decay_groups(module: nn.Module, rules: DecayRules, *, strict: bool = T
     names = [str(rule.group) for rule in parsed]
     default = unique_name("default", names)
     members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in [*names, default]}
-    owners: dict[str, dict[str, nn.Module]] = {name: {} for name in members}
     for parameter, index in zip(trainable, taken_by):
         name = default if index is None else names[index]
         members[name][parameter.name] = parameter.parameter
-        owners[name][parameter.name] = parameter.module
     first_rule = dict(zip(reversed(names), reversed(parsed)))
-    groups = [
-        DecayGroup(name, first_rule.get(name), params, owners[name]) for name, params in members.items() if params
-    ]
+    model = weakref.ref(module)
+    groups = [DecayGroup(name, first_rule.get(name), params, model) for name, params in members.items() if params]
     return DecayGroups(groups, parameters, parsed)
 
 
-def _held(owner: nn.Module | None, name: str) -> nn.Parameter | None:
-    """The parameter that a module holds under a name by now."""
-    if owner is None:
-        return None
-    _, part, inside = name.rpartition("parametrizations.")
-    try:
-        return owner.get_parameter(part + inside if part else name.rpartition(".")[2])
-    except AttributeError:
-        return None
+def _refuse_stale(groups: Iterable[DecayGroup], module: nn.Module | None) -> None:
+    """Raise for groups with parameters that the model has no more."""
+    if module is None:
+        return
+    own = {id(parameter) for _, parameter in module.named_parameters()}
+    for group in groups:
+        for name, parameter in group.params.items():
+            if id(parameter) not in own:
+                raise ValueError(
+                    f"group {group.name!r} holds {name!r}, in whose place the model has another parameter by now, or "
+                    "none (given memory by to_empty, loaded with assign=True, a layer replaced), so that no step would "
+                    "move it; build the groups after that"
+                )
 
 
 def _review(

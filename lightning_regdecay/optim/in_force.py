@@ -299,7 +299,7 @@ def rooms_in_force(optimizers: Iterable[Any], module: nn.Module, rules: Sequence
             layers = [layer for room in known if (layer := _layer_of(room, module)) is not None]
             if not layers:
                 return None
-            if not _are_same(layers[0].places.rules, rules):
+            if list(layers[0].places.rules) != list(rules):
                 if layers[0].by_user:
                     raise ValueError(
                         f"apply_decay_rules has put rules in force for {type(module).__name__} in its "
@@ -331,13 +331,6 @@ def every_room() -> list[StepRoom]:
 def _layer_of(room: StepRoom, module: nn.Module) -> Layer | None:
     module = without_wrappers(module)
     return next((layer for layer in room.parting.layers if layer.places.module() is module), None)
-
-
-def _are_same(a: Sequence[DecayRule], b: Sequence[DecayRule]) -> bool:
-    try:
-        return list(a) == list(b)
-    except Exception:  # of options that are tensors, whose comparison is no truth
-        return False
 
 
 def _rooms_of_family(family: list[Any]) -> list[StepRoom]:

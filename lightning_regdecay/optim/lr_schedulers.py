@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +22,9 @@ _PER_GROUP: dict[type, tuple[str, ...]] = {
 own scheduler holds may be a pair, or a list over time."""
 
 
+_OF_SEVERAL = (lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler)
+
+
 class CarriedGroups:
     """How the param groups of today come from those of a checkpoint, and which lr schedulers followed that."""
 
@@ -30,30 +34,66 @@ class CarriedGroups:
         loaded."""
         self.saved_count = 0
         """How many param groups the checkpoint has."""
-        self._done: list[weakref.ref[Any]] = []
-        self._early: list[Callable[[], None]] = []
+        self._followed: list[tuple[weakref.ref[Any], Any]] = []
+        """Each lr scheduler that has followed, with the state that it did so with."""
+        self._is_due: list[weakref.ref[Any]] = []
+        """Those that have loaded a state since the optimizer has."""
+        self._early: dict[int, Callable[[], None]] = {}
 
     def take(self, sources: list[int | None], saved_count: int) -> None:
         """Note how the groups of an optimizer's state go on; lr schedulers that were loaded before it follow."""
-        self.sources, self.saved_count, self._done = sources, saved_count, []
-        early, self._early = self._early, []
-        for load in early:
+        self.sources, self.saved_count, self._is_due = sources, saved_count, []
+        early, self._early = self._early, {}
+        for load in early.values():
             load()
 
-    def is_due(self, scheduler: Any) -> bool:
-        """Whether an lr scheduler loads the state that goes with the optimizer's; the next one is of today's groups."""
-        if self.sources is None or any(reference() is scheduler for reference in self._done):
+    def is_due(self, scheduler: Any, state: Any, today: Any) -> bool:
+        """Whether a state that an lr scheduler loads is of the checkpoint's groups.
+
+        It is where it goes with the optimizer's: the first one after that, and the same again. The next ones, and what
+        the scheduler has itself, are of today's.
+
+        Args:
+            scheduler: the lr scheduler.
+            state: what it loads.
+            today: its own state.
+        """
+        if self.sources is None or _equal(state, today):
             return False
-        self._done.append(weakref.ref(scheduler))
+        if any(reference() is scheduler and _equal(state, known) for reference, known in self._followed):
+            return True
+        if any(reference() is scheduler for reference in self._is_due):
+            return False
+        self.follows(scheduler, state)
         return True
 
-    def is_early(self, load: Callable[[], None]) -> None:
+    def follows(self, scheduler: Any, state: Any) -> None:
+        """Note that an lr scheduler loads a state of the checkpoint's groups."""
+        self._is_due.append(weakref.ref(scheduler))
+        self._followed = [entry for entry in self._followed if entry[0]() not in (None, scheduler)]
+        self._followed.append((weakref.ref(scheduler), copy.deepcopy(state)))
+
+    def is_early(self, scheduler: Any, load: Callable[[], None]) -> None:
         """Note that an lr scheduler has loaded its state before the optimizer.
 
         Args:
+            scheduler: the lr scheduler.
             load: loads it again.
         """
-        self._early.append(load)
+        self._early[id(scheduler)] = load
+
+
+def with_inner(schedulers: Iterable[Any]) -> list[Any]:
+    """Lr schedulers and those that a user's class has inside. The ones inside of torch's own follow with these."""
+    found: list[Any] = []
+    waiting = list(schedulers)
+    for scheduler in waiting:  # which grows
+        if scheduler is None or any(scheduler is one for one in found):
+            continue
+        found.append(scheduler)
+        if isinstance(scheduler, lr_scheduler.LRScheduler) and not isinstance(scheduler, _OF_SEVERAL):
+            waiting += [value for value in vars(scheduler).values() if isinstance(value, lr_scheduler.LRScheduler)]
+    return found
 
 
 def carry_lr_scheduler(scheduler: Any, carried: CarriedGroups) -> list[Callable[[], None]]:
@@ -89,26 +129,44 @@ def set_on_instance(owner: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 def _load_regrouped(scheduler: Any, carried: CarriedGroups, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-    groups = scheduler.optimizer.param_groups
     is_early = carried.sources is None
-    if is_early:
-        regrouped = _regrouped(scheduler, state_dict, groups, None, 0)
-    elif carried.is_due(scheduler):
-        regrouped = _regrouped(scheduler, state_dict, groups, carried.sources, carried.saved_count)
-    else:
-        regrouped = state_dict
-    with _without_ours(scheduler):
-        result = type(scheduler).load_state_dict(scheduler, regrouped, *args, **kwargs)
+    is_carried = is_early or carried.is_due(scheduler, state_dict, _own_state(scheduler))
+    result = _load_of_class(scheduler, carried if is_carried else None, state_dict, args, kwargs)
     if is_early:
         reference, steps = weakref.ref(scheduler), _steps(scheduler)
 
         def again() -> None:
             scheduler = reference()
             if scheduler is not None and _steps(scheduler) == steps:  # not where it has gone on since
-                _load_regrouped(scheduler, carried, state_dict, *args, **kwargs)
+                carried.follows(scheduler, state_dict)
+                _load_of_class(scheduler, carried, state_dict, args, kwargs)
 
-        carried.is_early(again)
+        carried.is_early(scheduler, again)
     return result
+
+
+def _load_of_class(scheduler: Any, carried: CarriedGroups | None, state: Any, args: Any, kwargs: Any) -> Any:
+    """Load a state by the class's own method, with its lists carried where they are to be."""
+    if carried is not None:
+        groups = scheduler.optimizer.param_groups
+        state = _regrouped(scheduler, state, groups, carried.sources, carried.saved_count)
+    with _without_ours(scheduler):
+        return type(scheduler).load_state_dict(scheduler, state, *args, **kwargs)
+
+
+def _own_state(scheduler: Any) -> Any:
+    try:
+        with _without_ours(scheduler):
+            return type(scheduler).state_dict(scheduler)
+    except TypeError:  # of a user's class that asks for more
+        return None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except (RuntimeError, ValueError):  # of tensors and arrays
+        return False
 
 
 def _steps(scheduler: Any) -> tuple[Any, Any]:
@@ -146,7 +204,7 @@ def _regrouped(
 ) -> dict[str, Any]:
     """The state of an lr scheduler with its lists in the order of today's param groups."""
     regrouped = dict(state_dict)
-    if isinstance(scheduler, (lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler)):
+    if isinstance(scheduler, _OF_SEVERAL):
         inner, states = scheduler._schedulers, state_dict.get("_schedulers", ())
         if len(inner) == len(states):
             pairs = zip(inner, states)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_regdecay.groups.parameters import ModelParameter, model_parameters
 from lightning_regdecay.optim.holders import unwrapped, with_held
-from lightning_regdecay.optim.lr_schedulers import CarriedGroups, carry_lr_scheduler, set_on_instance
+from lightning_regdecay.optim.lr_schedulers import CarriedGroups, carry_lr_scheduler, set_on_instance, with_inner
 from lightning_regdecay.optim.saved_options import (
     NOT_CARRIED,
     changes,
@@ -36,6 +36,7 @@ from lightning_regdecay.optim.saved_states import (
     names_in,
     read_state,
     saved_names,
+    with_names_outside,
 )
 from lightning_regdecay.optim.strengths import TELLS_NO_STEPS
 from lightning_regdecay.optim.unnamed import fits, same, shaped
@@ -173,7 +174,7 @@ class _Carrier:
             undo()
 
     def _carry_lr_schedulers(self) -> None:
-        for scheduler in self.lr_schedulers():
+        for scheduler in with_inner(self.lr_schedulers()):
             if isinstance(scheduler, LRScheduler) and "load_state_dict" not in vars(scheduler):
                 self._undo += carry_lr_scheduler(scheduler, self._carried)
 
@@ -244,6 +245,8 @@ class _Carrier:
         It (2.6 and later) loads what the state of today has places for: else it would pass over groups that are
         no more, and fail for those that are new.
         """
+        if self._checkpoint() is None:
+            return
         known = self._known()
         names = _names_of(optimizer, known)
         groups = self._groups_beside(names, known)
@@ -363,4 +366,4 @@ def _names_of(optimizer: Optimizer, known: Sequence[ModelParameter]) -> list[lis
                 )
         names.append(own)
     check_names((name for own in names for name in own), f"the {type(optimizer).__name__}")
-    return names
+    return with_names_outside(names)

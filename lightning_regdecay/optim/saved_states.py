@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -65,6 +66,7 @@ def read_state(
 def first_names(names: Iterable[Iterable[str]], known: Sequence[ModelParameter]) -> list[list[str]]:
     """The names of the parameters of each group without wrappers; of a tied parameter the first."""
     first = {name: parameter.name for parameter in known for name in parameter.names}
+    first.update((parameter.name, parameter.name) for parameter in known)  # where the names of two are swapped
     plain = [[plain_name(name) for name in own] for own in names]
     given = {name for own in plain for name in own if name}
     if first and given and given.isdisjoint(first):
@@ -167,9 +169,17 @@ def saved_names(
         taken = {name for own in every if own for name in own}
         left = [parameter for parameter in known if parameter.name not in taken]
         nameless = [group for group, own in zip(groups, every) if own is None]
+        if not left:
+            return with_names_outside([own or [""] * len(group["params"]) for group, own in zip(groups, every)])
         read = iter(names_by_order({**state_dict, "param_groups": nameless}, left))
         return [next(read) if own is None else own for own in every]
     return [own for own in every if own is not None]
+
+
+def with_names_outside(names: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Names of parameters, each without one by its number: what is in an optimizer and not of the model, in order."""
+    numbers = itertools.count()
+    return [[name or f"number {next(numbers)} outside the model" for name in own] for own in names]
 
 
 def check_names(names: Iterable[str], whose: str) -> None:

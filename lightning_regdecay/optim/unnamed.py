@@ -170,13 +170,14 @@ def shaped(state: Mapping[str, Any]) -> list[torch.Tensor]:
 
 
 def fits(state: Mapping[str, Any], parameter: torch.Tensor) -> bool:
-    """Whether a state can be of a parameter: some tensor of it has as many elements, or some are factors (Adafactor).
+    """Whether a state can be of a parameter: some tensor of it has its shape, or is flat; or some are factors.
 
-    Factors have 1 in the place of dimensions, each of which another one has; or they are without one dimension.
+    Factors (of Adafactor) have 1 in the place of dimensions, each of which another one has, or are without one.
     """
     tensors = [tensor for tensor in shaped(state) if tensor.numel() > 1]
     shape = parameter.shape
-    if not tensors or any(tensor.numel() == shape.numel() for tensor in tensors):
+    flat = (tensor for tensor in tensors if tensor.ndim != len(shape))
+    if not tensors or any(t.shape == shape for t in tensors) or any(t.numel() == shape.numel() for t in flat):
         return True
     factors = [t.shape for t in tensors if t.ndim == len(shape) and all(a in (1, b) for a, b in zip(t.shape, shape))]
     without_one = {shape[:i] + shape[i + 1 :] for i in range(len(shape))}

@@ -15,6 +15,7 @@ from lightning_regdecay.rules.rules import (
     class_path,
     class_text,
     classes_of,
+    equal_options,
     field_names,
     function_name,
     given_fields,
@@ -118,6 +119,27 @@ def copied_rules(rules: Any) -> Any:
     if isinstance(rules, Sequence) and not isinstance(rules, (str, bytes)):
         return [copied_rules(value) for value in rules]
     return rules
+
+
+def loggable_rules(rules: DecayRules) -> dict[str, Any]:
+    """The same rules as a mapping of plain data, so that a logger has a value for each rule.
+
+    >>> loggable_rules({"*.bias": 0.0, "head.*": "1e-3"})
+    {'*.bias': 0.0, 'head.*': 0.001}
+    >>> loggable_rules([DecayRule(0.0, max_ndim=1, group="vectors"), DecayRule(0.1)])
+    {'vectors': {'weight_decay': 0.0, 'max_ndim': 1}, 'rest': {'weight_decay': 0.1, 'params': '*'}}
+    """
+    shortest = shortest_rules(rules)
+    if isinstance(shortest, dict):
+        return shortest
+    found: dict[str, Any] = {}
+    for rule in parse_rules(rules):
+        fields = plain_rules(rule)
+        name = unique_name(fields["group"], found)
+        if name == fields["group"]:
+            del fields["group"]
+        found[name] = fields if _has_selector(fields) else {**fields, "params": "*"}
+    return found
 
 
 def rules_by_group(rules: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,17 +252,9 @@ def _check_agreement(rules: Sequence[DecayRule]) -> None:
     for rule in rules:
         other = first.setdefault(rule.group, rule)
         for name in ("weight_decay", "decay_mult", "options"):
-            if _differ(getattr(rule, name), getattr(other, name)):
+            if not equal_options(getattr(rule, name), getattr(other, name)):
                 raise ValueError(
                     f"the rules {other.selector_text!r} and {rule.selector_text!r} share the group {rule.group!r} but "
                     f"disagree on {name}: {getattr(other, name)!r} and {getattr(rule, name)!r}; make them equal or "
                     "give each a group of its own"
                 )
-
-
-def _differ(a: Any, b: Any) -> bool:
-    """Whether two values differ; options that are tensors are compared as data."""
-    try:
-        return bool(a != b)
-    except (RuntimeError, ValueError):
-        return bool(plain_rules(a) != plain_rules(b))

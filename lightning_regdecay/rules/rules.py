@@ -92,6 +92,13 @@ class DecayRule:
         if self.min_ndim is not None and self.max_ndim is not None and self.min_ndim > self.max_ndim:
             raise ValueError(f"min_ndim={self.min_ndim} is above max_ndim={self.max_ndim}: no parameter has both")
 
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not DecayRule:
+            return NotImplemented
+        names = [name for name in field_names(DecayRule) if name != "options"]
+        same = all(getattr(self, name) == getattr(other, name) for name in names)
+        return same and equal_options(self.options, other.options)
+
     def __repr__(self) -> str:
         given = {name: shorter(value) for name, value in given_fields(self).items()}
         parts = [f"{name}={value!r}" for name, value in given.items() if name != "weight_decay"]
@@ -272,7 +279,7 @@ def _options(value: Any) -> dict[str, Any]:
         if name in _SET_BY_THE_RULE:
             raise ValueError(f"options may not hold {name!r}: the rule itself sets it")
     options = {name: _option(option) for name, option in value.items()}
-    if isinstance(options.get("lr"), (int, float, str)):  # not a tensor, which torch takes too
+    if isinstance(options.get("lr"), (int, float, str, tuple)):  # not a tensor, which torch takes too
         options["lr"] = nonnegative_number("lr", options["lr"])  # torch checks its defaults only
     return options
 
@@ -287,9 +294,22 @@ def _option(value: Any) -> Any:
         return str(value) if number is None else number
     if is_array(value):
         return _option(value.tolist())
+    if isinstance(value, Mapping):
+        return {key: _option(entry) for key, entry in value.items()}
     if isinstance(value, Sequence):
         return tuple(_option(entry) for entry in value)
     return plain_number(value)
+
+
+def equal_options(a: Any, b: Any) -> bool:
+    """Whether two values of options are equal, tensors included."""
+    if hasattr(a, "tolist") and hasattr(b, "tolist"):
+        return type(a) is type(b) and bool(a.tolist() == b.tolist())
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(equal_options(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(equal_options, a, b))
+    return not (hasattr(a, "tolist") or hasattr(b, "tolist")) and bool(a == b)
 
 
 def name_of_test(where: Any) -> str:

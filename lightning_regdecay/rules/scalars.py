@@ -36,6 +36,8 @@ def plain_number(value: Any) -> Any:
         return int(value)
     if isinstance(value, (numbers.Real, Decimal)):
         return float(value)
+    if isinstance(value, numbers.Complex):
+        return complex(value)
     return bool(value) if type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_") else value
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 
 import pytest
 import torch
-from helpers import float64_norm, peak_memory
+from helpers import LitBase, float64_norm, peak_memory, trainer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,19 @@ def norm(*tensors):
 
 def relative_error(value, truth):
     return abs(value - truth) / truth
+
+
+def exact_norm(tensor, times=1):
+    """The norm of a tensor that is repeated, by squares that are exact and a sum that is."""
+    return math.sqrt(times * math.fsum(tensor.double().square().flatten().tolist()))
+
+
+def lossy(length, lanes):
+    """A 1, and values whose squares float32 does not add to it, in its lane of a register and beside it."""
+    row = torch.zeros(length)
+    row[::lanes] = row[:lanes] = 2.0**-12
+    row[0] = 1.0
+    return row
 
 
 class TestAccuracy:
@@ -48,6 +62,25 @@ class TestAccuracy:
         row = torch.full((256,), 2.0**-12.5)
         row[:8] = 1.0  # of each lane of a vector register
         assert relative_error(norm(row.repeat(1000)), row.double().norm().item() * 1000**0.5) <= 1e-6
+
+    @pytest.mark.parametrize("length", [32, 64, 128, 256, 512])
+    @pytest.mark.parametrize("lanes", [8, 16, 32])
+    def test_float32_where_every_addition_is_lost(self, lanes, length):
+        row = lossy(length, lanes)
+        assert relative_error(norm(row.repeat(2**17 // length)), exact_norm(row, 2**17 // length)) <= 1e-6
+        # As the elements of a row, so the norms of rows among each other.
+        for rows in (16, 32, 64, 128):
+            block, times = torch.zeros(rows, length), 2**18 // (rows * length)
+            block[:, 0] = lossy(rows, min(lanes, rows)) * exact_norm(row)
+            block[0] = row
+            assert relative_error(norm(block.repeat(times, 1)), exact_norm(block, times)) <= 1e-6
+
+    @pytest.mark.parametrize("ratio", [2.0**k for k in range(8, 15)])
+    def test_float32_with_large_values_among_small_ones(self, ratio):
+        for every in (8, 64, 256, 1000):
+            x = torch.full((2**17,), 0.02)
+            x[::every] *= ratio
+            assert relative_error(norm(x), exact_norm(x)) <= 1e-6
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("size", [3, 1000, 10**7 + 1])
@@ -150,6 +183,32 @@ class TestValuesAndLayouts:
         x = view(torch.randn(7, 6, 20, 30))
         assert norm(x) == pytest.approx(float64_norm([x]), rel=1e-7)
 
+    SPARSE = {
+        "COO": lambda x: x.to_sparse(),
+        "COO of rows": lambda x: x.to_sparse(1),
+        "COO of no entries": lambda x: torch.zeros_like(x).to_sparse(),
+        "CSR": lambda x: x.to_sparse_csr(),
+        "CSC": lambda x: x.to_sparse_csc(),
+        "BSR": lambda x: x.to_sparse_bsr((2, 2)),
+        "BSC": lambda x: x.to_sparse_bsc((2, 2)),
+    }
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("make", SPARSE.values(), ids=SPARSE)
+    @pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state")
+    def test_sparse_tensors(self, make, dtype):
+        torch.manual_seed(0)
+        x = make((torch.randn(40, 60) * (torch.rand(40, 60) < 0.1)).to(dtype))
+        assert x.layout != torch.strided
+        dense = x.to_dense()
+        assert norm(x, torch.nn.Parameter(x), dense) == pytest.approx(3**0.5 * float64_norm([dense]), rel=1e-6)
+
+    def test_a_sparse_tensor_with_entries_twice_is_that_of_their_sums(self):
+        for last in (4.0, 4.0j):
+            entries = torch.sparse_coo_tensor([[0, 0, 1]], torch.tensor([1.0, 2.0, last]), (3,), check_invariants=True)
+            assert not entries.is_coalesced()
+            assert norm(entries) == 5.0
+
     def test_rows_with_gaps_of_any_length(self):
         torch.manual_seed(0)
         for x in (torch.randn(3, 300_000)[:, 1:], torch.randn(100_000, 3)[:, 1:], torch.randn(2, 3, 2**17)[:, :, ::2]):
@@ -229,10 +288,48 @@ class TestMetric:
         metric.update({"g": [torch.ones(5)]})
         assert metric.compute()["g"].item() == 3.0
 
-    def test_state_stays_float64_in_a_half_precision_module(self):
-        module = torch.nn.ModuleList([GroupL2Norm(["g"])]).half()
-        module[0].update({"g": [torch.full((1000,), 300.0, dtype=torch.float16)]})
-        assert module[0].compute()["g"].item() == pytest.approx(300 * 1000**0.5, rel=1e-7)
+    CASTS = {
+        "half": lambda module: module.half(),
+        "bfloat16": lambda module: module.bfloat16(),
+        "to": lambda module: module.to(torch.bfloat16),
+        "to with a device": lambda module: module.to("cpu", torch.float16),
+        "there and back": lambda module: module.half().bfloat16().float().double(),
+        "set_dtype": lambda module: module[0].set_dtype(torch.float16),
+    }
+
+    @pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+    def test_state_stays_float64_whatever_its_module_is_cast_to(self, cast):
+        module = torch.nn.ModuleList([GroupL2Norm(["g"]), torch.nn.Linear(2, 2)])
+        metric, tensor = module[0], torch.full((1000,), 300.0, dtype=torch.float16)
+        cast(module)
+        metric.update({"g": [tensor]})  # the square of which no half type holds
+        cast(module)
+        assert metric.compute()["g"].dtype == torch.float64
+        assert metric.compute()["g"].item() == pytest.approx(300 * 1000**0.5, rel=1e-7)
+        metric.reset()
+        assert metric.sums_of_squares.dtype == torch.float64
+        metric.update({"g": [tensor, tensor]})
+        assert copy.deepcopy(metric).compute()["g"].item() == pytest.approx(300 * 2000**0.5, rel=1e-7)
+
+    @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+    def test_state_stays_float64_in_a_model_that_trains_in_half_precision(self, precision):
+        class Lit(LitBase):
+            def __init__(self):
+                super().__init__()
+                self.norms = GroupL2Norm(["head"])
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.01)
+
+            def on_train_batch_end(self, *args):
+                self.norms.reset()
+                self.norms.update({"head": self.head.parameters()})
+
+        model = Lit()
+        trainer(precision=precision).fit(model)
+        assert model.head.weight.dtype != torch.float32
+        assert model.norms.compute()["head"].dtype == torch.float64
+        assert model.norms.compute()["head"].item() == pytest.approx(float64_norm(model.head.parameters()), rel=1e-6)
 
     def test_mistakes(self):
         with pytest.raises(ValueError, match=r"unknown groups \['b'\]; this metric was made with \['a'\]"):

@@ -77,6 +77,14 @@ class TestTheTable:
         assert len(lines) == 15
         assert len(found.moves[0].params) == 5000
 
+    def test_of_many_layers_names_each_that_moves(self):
+        model = nn.ModuleList(nn.Linear(1, 1, device="meta") for _ in range(2000))
+        rules = {"none": {"params": r"re:^(\d|1\d\d\d|1[57])\.weight$", "weight_decay": 0.0}, "*": 0.1}
+        found = compare(model, {"*": 0.1}, rules)
+        moved = [*range(10), 15, 17, *range(1000, 2000)]
+        assert names(found) == [("rest", "none", [f"{i}.weight" for i in moved])]
+        assert str(found).splitlines()[2] == "  [0-9,15,17,1000-1999].weight  (1,012)"
+
     def test_names_with_braces_stay_as_they_are(self):
         model = nn.ModuleDict({"a{0}": nn.Linear(2, 2)})
         assert str(compare(model, {"*": 0.1}, {"*": 0.2})).splitlines()[2] == "  a{0}.weight"

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import prune
 
 from lightning_regdecay import DecayGroup, DecayRule, build_decay_groups
 
@@ -130,6 +131,16 @@ class TestMembership:
             build_decay_groups(module, {"*": 0.1})
 
 
+def tied(net):
+    net.norm.bias = net.body.bias
+    return net
+
+
+def normed(net):
+    nn.utils.parametrizations.weight_norm(net.head)
+    return net
+
+
 class TestParamGroups:
     def test_hold_names_strength_and_options(self):
         model = Net()
@@ -152,6 +163,49 @@ class TestParamGroups:
         assert group.as_param_group(weight_decay=0.2)["weight_decay"] == 0.1
         with pytest.raises(ValueError, match=r"group 'rest' has decay_mult=0.5, .* as_param_group\(weight_decay=0.1\)"):
             group.as_param_group()
+
+    @pytest.mark.parametrize("change", [lambda net: net, tied, normed], ids=["plain", "tied", "normed"])
+    def test_of_a_model_on_the_meta_device_are_an_error_also_after_to_empty(self, change):
+        with torch.device("meta"):
+            model = change(Net())
+        groups = build_decay_groups(model, {"*.bias": 0.0, "*": 0.1})
+        for make_memory in (lambda: None, lambda: model.to_empty(device="cpu")):
+            make_memory()
+            for group in groups:
+                with pytest.raises(ValueError, match=f"group '{group.name}' holds parameters on the meta device"):
+                    group.as_param_group()
+        today = build_decay_groups(model, {"*.bias": 0.0, "*": 0.1}).as_param_groups()
+        assert {p for group in today for p in group["params"]} == set(model.parameters())
+
+    def test_of_what_the_model_has_no_more_after_loading_with_assign_are_an_error(self):
+        model = Net()
+        groups = build_decay_groups(model, {"*.bias": 0.0, "body.*": 0.1, "*": 0.2})
+        model.body.load_state_dict(copy.deepcopy(model.body.state_dict()), assign=True)
+        with pytest.raises(ValueError, match=r"group 'body' holds 'body\.weight', in whose place"):
+            groups["body"].as_param_group()
+        with pytest.raises(ValueError, match=r"group 'bias' holds 'body\.bias', in whose place"):
+            groups.as_param_groups()
+        assert groups["rest"].as_param_group()["params"] == [model.norm.weight, model.head.weight]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            tied,
+            normed,
+            lambda net: prune.l1_unstructured(net.head, "weight", amount=1),
+            lambda net: nn.utils.spectral_norm(net.head),
+            lambda net: net.body.requires_grad_(False),
+            lambda net: net.load_state_dict(copy.deepcopy(net.state_dict())),
+        ],
+        ids=["tied", "normed", "pruned", "old spectral norm", "frozen", "loaded"],
+    )
+    @pytest.mark.parametrize("wrap", [lambda net: net, torch.compile, checkpoint_wrapper, nn.DataParallel])
+    def test_of_what_the_model_has_are_none(self, change, wrap):
+        model = Net()
+        change(model)
+        groups = build_decay_groups(wrap(model), {"*.bias": 0.0, "*": 0.1}).as_param_groups()
+        trainable = {p for p in model.parameters() if p.requires_grad}
+        assert {p for group in groups for p in group["params"]} == trainable
 
 
 class TestExplanations:
@@ -198,6 +252,15 @@ class TestExplanations:
         model["head"].weight = model["embed"].weight
         text = build_decay_groups(model, {"head.*": 0.1}).explain("head.weight")
         assert text.startswith("embed.weight = head.weight (2 dimensions, in Embedding, Linear) is in group 'head'")
+
+    def test_of_a_weight_that_is_made_of_two_tensors_both(self):
+        groups = build_decay_groups(normed(Net()), {"*original0": 0.0, "*.weight": 0.1})
+        heads = [line for line in groups.explain("head.weight").splitlines() if not line.startswith(" ")]
+        original = "head.parametrizations.weight.original"
+        assert heads == [
+            f"{original}0 = head.weight (2 dimensions, in ParametrizedLinear) is in group 'original0', weight_decay 0",
+            f"{original}1 = head.weight (2 dimensions, in ParametrizedLinear) is in group 'weight', weight_decay 0.1",
+        ]
 
     def test_a_frozen_and_an_unknown_parameter(self):
         model = Net()

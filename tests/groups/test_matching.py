@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
+import io
 import re
 
 import pytest
@@ -24,6 +26,25 @@ def taken(model, **selectors):
 
 class MyLinear(nn.Linear):
     pass
+
+
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(module), file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+SCRIPTS = {
+    "script": torch.jit.script,
+    "trace": lambda module: torch.jit.trace(module, torch.ones(1, 64)),
+    "loaded": saved_and_loaded,
+}
+
+
+def named(names):
+    """A model with parameters of any names, all under ``p``."""
+    return nn.ModuleDict({"p": nn.ParameterDict({name: torch.ones(1) for name in names})})
 
 
 class TestSelectors:
@@ -63,6 +84,23 @@ class TestSelectors:
         expected = [name for name, _ in model.named_parameters() if name[0] in layers]
         assert taken(model, modules=modules) == expected
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+    @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+    @pytest.mark.parametrize("modules", [nn.LayerNorm, "LayerNorm", "*Norm*", "torch.nn.LayerNorm", "torch.nn.*Norm"])
+    def test_scripted_modules_are_of_their_class(self, script, modules):
+        model = nn.Sequential(script(Net()), nn.LayerNorm(10))
+        expected = ["0.norm.weight", "0.norm.bias", "1.weight", "1.bias"]
+        assert taken(model, modules=modules) == expected
+        everything = build_decay_groups(model, [DecayRule(0.0, modules=modules), DecayRule(0.1)])
+        assert list(everything[1].params) == ["0.body.weight", "0.body.bias", "0.head.weight", "0.head.bias"]
+        assert everything.explain("0.norm.bias").startswith("0.norm.bias (1 dimensions, in LayerNorm) is in group")
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+    def test_scripted_modules_of_a_users_class_go_by_its_name(self):
+        model = torch.jit.script(nn.Sequential(MyLinear(2, 2), nn.Linear(2, 2)))
+        assert taken(model, modules="MyLinear") == ["0.weight", "0.bias"]
+        assert taken(model, modules="*Linear") == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
     def test_subclasses_are_taken_by_the_base(self):
         model = nn.Sequential(MyLinear(2, 2), nn.Bilinear(2, 2, 2))
         for selector in (nn.Linear, "Linear", "torch.nn.Linear", "MyLinear"):
@@ -97,6 +135,15 @@ class TestSelectors:
         # Name and owner must be of one place.
         with pytest.raises(ValueError, match="no parameter passes all its selectors"):
             taken(model, params="embed.*", modules="Linear")
+
+    @pytest.mark.parametrize("name", ["a[0]", "[!x]", "[", "]", "a[1-3]b", "c*[d]?", "re[x]"])
+    def test_a_name_in_full_takes_its_parameter_brackets_and_all(self, name):
+        assert taken(named([name, "other"]), params=f"p.{name}") == [f"p.{name}"]
+
+    def test_a_bracket_stands_for_a_class_of_characters(self):
+        model = named(["a[0]", "a0", "a1"])
+        assert taken(model, params="*a[01]") == ["p.a0", "p.a1"]
+        assert taken(model, params="*a[[]0]") == ["p.a[0]"]
 
     def test_a_parametrized_weight_is_taken_by_its_plain_name(self):
         model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)))
@@ -194,6 +241,29 @@ class TestMessages:
         lit = nn.ModuleDict({"net": nn.Sequential(nn.Linear(2, 2))})
         assert message(lit, {"0.*": 0.1}).endswith("did you mean '*0.*'?")
 
+    def test_names_are_ranked_by_how_near_they_are(self):
+        layer = nn.ModuleDict({"output": nn.ModuleDict({"norm": nn.LayerNorm(2), "dense": nn.Linear(2, 2)})})
+        layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(12))
+        model = nn.ModuleDict({"encoder": layers, "pooler": nn.Linear(2, 2), "classifier": nn.Linear(2, 2)})
+        for pattern, nearest in {
+            "model.classifier.weight": "classifier.weight",  # a name with too much in front
+            "encoder.3.output.dens.bias": "encoder.3.output.dense.bias",
+            "encoder.11.output.nrm.weight": "encoder.11.output.norm.weight",
+            "pooler.dense.bias": "pooler.bias",
+            "clasifier.*": "classifier.weight",
+        }.items():
+            assert f"; nearest: '{nearest}'" in message(model, {pattern: 0.1})
+
+    @pytest.mark.parametrize("pattern", ["a[0]", "*a[0]", "a[0]*", "p.a[0]*"])
+    def test_a_bracket_that_was_meant_as_one_is_named_with_what_takes_it(self, pattern):
+        model = named(["a[0]", "a[1]", "b"])
+        text = message(model, {pattern: 0.1})
+        assert "a bracket in a glob stands for a class of characters: did you mean '" in text
+        assert taken(model, params=re.search("did you mean '(.*)'", text)[1]) == ["p.a[0]"]
+
+    def test_names_with_brackets_are_near(self):
+        assert "nearest: 'p.a[0]', 'p.a[1]'" in message(named(["x", "y", "z", "a[0]", "a[1]"]), {"p.a[2]": 0.1})
+
     def test_a_pattern_like_nothing_gets_some_names(self):
         assert "nearest: 'body.weight', 'body.bias', 'norm.weight'" in message(Net(), {"zzz": 0.1})
 
@@ -277,3 +347,13 @@ class TestMessages:
         rule = DecayRule(0.1, where=lambda n, p, m: 1 / 0, group="x")
         with pytest.raises(RuntimeError, match=r"failed on parameter 'weight' of Linear: ZeroDivisionError: division"):
             build_decay_groups(torch.nn.Linear(1, 1), [rule])
+
+    @pytest.mark.parametrize("answer", [lambda p: p > 0, lambda p: p.detach().numpy() > 0], ids=["tensor", "array"])
+    def test_a_predicate_that_answers_with_many_is_named_with_its_parameter(self, answer):
+        rules = [DecayRule(0.0, where=lambda name, parameter, module: answer(parameter), group="x"), DecayRule(0.1)]
+        with pytest.raises(RuntimeError, match=r"rule 'where=.*' failed on parameter 'weight' of Linear: \w+Error"):
+            build_decay_groups(nn.Linear(2, 2), rules)
+
+    def test_a_predicate_may_answer_with_anything_that_is_true_or_false(self):
+        assert taken(Net(), where=lambda name, p, module: (p != 0).any() and "norm" in name) == ["norm.weight"]
+        assert taken(Net(), where=lambda name, p, module: re.search("^head", name)) == ["head.weight", "head.bias"]

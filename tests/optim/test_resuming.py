@@ -19,7 +19,11 @@ from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed import checkpoint as dist_checkpoint
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from lightning_regdecay import DecayRule, WeightDecayMonitor, build_decay_groups, resume_by_name, schedule_weight_decay
 
@@ -33,6 +37,8 @@ SAME_IN_OTHER_GROUPS = {
     "*weight": 0.1,
     "last": {"params": "head.bias", "weight_decay": 0.1, "options": {"lr": 0.02}},
 }
+# The same two groups, the other one first.
+OTHER_WAY_ROUND = {"*weight": 0.1, "*": {"weight_decay": 0.1, "options": {"lr": 0.02}}}
 OPTIMIZERS = {
     "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.01),
     "AMSGrad": lambda groups: torch.optim.Adam(groups, lr=0.01, amsgrad=True),
@@ -65,6 +71,9 @@ SCHEDULERS = {
     ),
     "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
         [schedulers.ConstantLR(o, total_iters=3), schedulers.ExponentialLR(o, gamma=0.9)], optimizer=o
+    ),
+    "SequentialLR inside ChainedScheduler": lambda o: schedulers.ChainedScheduler(
+        [SCHEDULERS["SequentialLR"](o), schedulers.ExponentialLR(o, gamma=0.9)], optimizer=o
     ),
     "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=0, threshold=10.0),
 }
@@ -116,6 +125,40 @@ class Run:
 
     def state_of(self, name):
         return self.optimizer.state.get(self.net.get_parameter(name), {})
+
+
+class Slow(torch.optim.Optimizer):
+    """Lookahead (Zhang et al. 2019) as it is published: around another, with slow weights by number in the state."""
+
+    def __init__(self, groups):
+        self.fast = OPTIMIZERS["AdamW"](groups)
+        self.param_groups, self.defaults = self.fast.param_groups, self.fast.defaults
+        self.state = collections.defaultdict(dict)
+
+    def parameters(self):
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def zero_grad(self):
+        self.fast.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = self.fast.step(closure)
+        for parameter in self.parameters():
+            slow = self.state[parameter].setdefault("slow", parameter.clone())
+            parameter.copy_(slow.lerp_(parameter, 0.5))
+        return loss
+
+    def state_dict(self):
+        slow = {number: self.state[p] for number, p in enumerate(self.parameters()) if p in self.state}
+        fast = self.fast.state_dict()
+        return {"fast": fast["state"], "slow": slow, "param_groups": fast["param_groups"]}
+
+    def load_state_dict(self, state_dict):
+        self.fast.load_state_dict({"state": state_dict["fast"], "param_groups": state_dict["param_groups"]})
+        self.param_groups = self.fast.param_groups
+        for number, parameter in enumerate(self.parameters()):
+            self.state[parameter] = state_dict["slow"].get(number, {})
 
 
 def assert_same_weights(a, b):
@@ -173,6 +216,17 @@ class TestOtherGroups:
         first = Run(TWO_GROUPS, build).train(5)
         second = Run(SAME_IN_OTHER_GROUPS, build).load(first.checkpoint()).train(5, first=5)
         assert_same_weights(second.net, whole.net)
+
+    def test_an_optimizer_around_one_numbers_the_same_parameters_or_does_not_go_on(self):
+        first = Run(TWO_GROUPS, Slow).train(4)
+        checkpoint = first.checkpoint()
+        same, other = Run(TWO_GROUPS, Slow).load(checkpoint), Run(OTHER_WAY_ROUND, Slow)
+        assert_same_weights(same.train(4, first=4).net, first.train(4, first=4).net)
+        before = copy.deepcopy(other.optimizer.state_dict())
+        with pytest.raises(ValueError, match="Slow keeps a state beside that of its AdamW, by the numbers of the para"):
+            other.optimizer.load_state_dict(checkpoint[1])
+        assert other.optimizer.state_dict() == before
+        assert not other.optimizer.state
 
     def test_an_optimizer_that_takes_no_hooks(self):
         class Bare(torch.optim.Optimizer):
@@ -253,6 +307,130 @@ class TestOtherGroups:
         with pytest.raises(ValueError, match=message):
             second.optimizer.load_state_dict(first.checkpoint()[1])
         assert second.optimizer.state_dict() == before
+
+
+class Nests(schedulers.StepLR):
+    """Puts torch's state under a key of its own."""
+
+    def state_dict(self):
+        return {"torch": super().state_dict(), "phase": "warm"}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict["torch"])
+
+
+class Copies(schedulers.StepLR):
+    """Saves what it is made of by itself."""
+
+    def state_dict(self):
+        return {"attributes": {name: value for name, value in vars(self).items() if name != "optimizer"}}
+
+    def load_state_dict(self, state_dict):
+        vars(self).update(state_dict["attributes"])
+
+
+class Asks(schedulers.StepLR):
+    """Takes arguments of its own, and has a key that torch's have for other things."""
+
+    def __init__(self, optimizer, step_size):
+        self._schedulers = {"inner": [1, 2]}
+        super().__init__(optimizer, step_size)
+
+    def state_dict(self, prefix=""):
+        return {prefix + name: value for name, value in super().state_dict().items()}
+
+    def load_state_dict(self, state_dict, strict=True, *, phase=None):
+        super().load_state_dict(state_dict)
+        self.asked = strict, phase
+
+
+class TestLRSchedulers:
+    """Their state comes before or after the optimizer's, once or again, and is as without us."""
+
+    @pytest.mark.parametrize("kind", SCHEDULERS)
+    def test_go_on_bit_for_bit_where_their_state_is_loaded_first(self, kind):
+        build, scheduler = OPTIMIZERS["SGD"], SCHEDULERS[kind]
+        first, second = (Run(rules, build, scheduler) for rules in (TWO_GROUPS, OTHER_WAY_ROUND))
+        weights, optimizer, state = first.train(5).checkpoint()
+        second.scheduler.load_state_dict(state)
+        second.optimizer.load_state_dict(optimizer)
+        second.net.load_state_dict(weights)
+        assert_same_weights(second.train(3, first=5).net, first.train(3, first=5).net)
+        biases, rest = (group["lr"] for group in first.optimizer.param_groups)
+        assert [group["lr"] for group in second.optimizer.param_groups] == [rest, biases]
+
+    @pytest.mark.parametrize("kind", SCHEDULERS)
+    def test_take_their_own_state_again_as_it_is(self, kind):
+        first = Run(TWO_GROUPS, scheduler=SCHEDULERS[kind]).train(5)
+        second = Run(OTHER_WAY_ROUND, scheduler=SCHEDULERS[kind]).load(first.checkpoint())
+        before = copy.deepcopy(second.scheduler.state_dict())
+        for _ in range(2):
+            second.scheduler.load_state_dict(copy.deepcopy(second.scheduler.state_dict()))
+        assert second.scheduler.state_dict() == before
+
+    def test_that_have_gone_on_since_stay_where_they_are(self):
+        first = Run(TWO_GROUPS, scheduler=SCHEDULERS["StepLR"]).train(3)
+        _, optimizer, state = first.checkpoint()
+        second = Run(OTHER_WAY_ROUND, scheduler=SCHEDULERS["StepLR"])
+        second.scheduler.load_state_dict(state)
+        second.train(2)
+        second.optimizer.load_state_dict(optimizer)
+        assert second.scheduler.last_epoch == 5
+
+    def test_that_were_named_are_not_forgotten_by_a_second_call(self):
+        first = Run(TWO_GROUPS, scheduler=SCHEDULERS["LambdaLR"]).train(5)
+        second = Run(OTHER_WAY_ROUND, scheduler=SCHEDULERS["LambdaLR"])
+        resume_by_name(second.optimizer, second.net)
+        second.load(first.checkpoint()).train(3, first=5)
+        assert_same_weights(second.net, first.train(3, first=5).net)
+
+    def test_several_of_one_optimizer(self):
+        def build(rules):
+            run = Run(rules)
+            every = [schedulers.StepLR(run.optimizer, 3), schedulers.ExponentialLR(run.optimizer, 0.9)]
+            resume_by_name(run.optimizer, run.net, lr_scheduler=every)
+            return run, every
+
+        run, every = build(TWO_GROUPS)
+        again, others = build(OTHER_WAY_ROUND)
+        again.load(run.train(1).checkpoint())
+        for one, other in zip(every, others):
+            other.load_state_dict(one.state_dict())
+        assert [one.base_lrs for one in every] == [[0.02, 0.01]] * 2
+        assert [other.base_lrs for other in others] == [[0.01, 0.02]] * 2
+
+    @pytest.mark.parametrize(
+        "kind", [Nests, Copies, Asks, *SCHEDULERS.values()], ids=["Nests", "Copies", "Asks", *SCHEDULERS]
+    )
+    def test_save_what_they_save_without_us(self, kind):
+        def saved(*, by_name):
+            optimizer = torch.optim.SGD([torch.ones(1)], lr=0.1, momentum=0.9)
+            scheduler = kind(optimizer, 3) if isinstance(kind, type) else kind(optimizer)
+            if by_name:
+                resume_by_name(optimizer, nn.Module(), lr_scheduler=scheduler)
+            file = io.BytesIO()
+            torch.save(scheduler.state_dict(), file)
+            file.seek(0)
+            return torch.load(file, weights_only=True)
+
+        assert saved(by_name=True) == saved(by_name=False)
+
+    @pytest.mark.parametrize("kind", [Nests, Copies, Asks])
+    def test_of_a_users_class_load_as_that_does(self, kind):
+        first = Run(TWO_GROUPS, scheduler=lambda o: kind(o, 3)).train(5)
+        second = Run(TWO_GROUPS, scheduler=lambda o: kind(o, 3)).load(first.checkpoint())
+        assert second.scheduler.last_epoch == 5
+        assert_same_weights(second.train(3, first=5).net, first.train(3, first=5).net)
+
+    def test_of_a_users_class_get_its_arguments(self):
+        first = Run(TWO_GROUPS, scheduler=lambda o: Asks(o, 3)).train(5)
+        second = Run(OTHER_WAY_ROUND, scheduler=lambda o: Asks(o, 3))
+        second.optimizer.load_state_dict(first.checkpoint()[1])
+        second.scheduler.load_state_dict(first.checkpoint()[2], False, phase="warm")
+        assert second.scheduler.asked == (False, "warm")
+        assert second.scheduler.base_lrs == [0.01, 0.02]
+        assert second.scheduler._schedulers == {"inner": [1, 2]}
+        assert second.scheduler.state_dict(prefix="x.").keys() == {f"x.{key}" for key in second.scheduler.state_dict()}
 
 
 class TestOtherParameters:
@@ -405,6 +583,46 @@ class TestOtherParameters:
             second.optimizer.load_state_dict(first.checkpoint()[1])
         assert not second.optimizer.state
 
+    @pytest.mark.parametrize("kind", ["AdamW", "AMSGrad", "SGD", "Adafactor", "RMSprop"])
+    @pytest.mark.parametrize("size", [(16, 1), (1, 10)])
+    def test_a_parameter_of_a_shape_that_only_broadcasts(self, size, kind):
+        first, second = Run({"*": 0.1}), Run({"*": 0.1}, OPTIMIZERS[kind])
+        first.net.head = nn.Linear(*size, bias=False)
+        first.optimizer = OPTIMIZERS[kind](build_decay_groups(first.net, {"*": 0.1}).as_param_groups())
+        for parameter in first.net.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        first.optimizer.step()
+        with pytest.raises(ValueError, match=r"of 'head\.weight' in the checkpoint .*, the parameter \(10, 16\)"):
+            second.optimizer.load_state_dict(first.checkpoint()[1])
+        assert not second.optimizer.state
+
+    FORMS = {
+        "one number": [(1,)],
+        "one number each": [(), (1,), (1, 1)],
+        "the factors of torch's Adafactor": [(10, 1), (1, 16)],
+        "the factors of transformers' Adafactor": [(10,), (16,)],
+        "whole and something else": [(10, 16), (7,)],
+        "flattened": [(160,), (1,)],
+    }
+
+    def load_state_of_head(self, shapes):
+        """The state of a weight of (10, 16) before and after it was loaded."""
+        first, second = Run({"*": 0.1}, OPTIMIZERS["SGD"]), Run({"head.*": 0.1, "*": 0.1}, OPTIMIZERS["SGD"])
+        first.optimizer.state[first.net.head.weight] = {str(shape): torch.rand(shape) for shape in shapes}
+        second.optimizer.load_state_dict(first.checkpoint()[1])
+        return first.state_of("head.weight"), second.state_of("head.weight")
+
+    @pytest.mark.parametrize("shapes", FORMS.values(), ids=FORMS)
+    def test_a_state_in_another_form_than_the_parameter_goes_on(self, shapes):
+        before, after = self.load_state_of_head(shapes)
+        assert list(before) == list(after)
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+    @pytest.mark.parametrize("shapes", [[(10,)], [(1, 16)], [(10, 1)], [(1, 16), (1, 8)], [(10,), (15,)], [(16, 9)]])
+    def test_a_state_in_no_form_of_the_parameter_does_not(self, shapes):
+        with pytest.raises(ValueError, match=r"of 'head\.weight' in the checkpoint .*, the parameter \(10, 16\)"):
+            self.load_state_of_head(shapes)
+
     @pytest.mark.parametrize("way", [lambda name: f"model.{name}", lambda name: name.removeprefix("net.")])
     def test_names_of_a_part_of_the_model_or_of_one_around_it(self, way):
         class Outer(nn.Module):
@@ -432,6 +650,46 @@ class TestOtherParameters:
             ValueError, match="not one of the parameters that the optimizer state in the checkpoint names"
         ):
             today.optimizer.load_state_dict(state)
+
+    @pytest.mark.parametrize("given", ["one of them", "both"])
+    def test_two_models_with_the_same_names(self, given):
+        models = [Net(), Net()]
+        groups = [group for model in models for group in build_decay_groups(model, {"*": 0.1}).as_param_groups()]
+        optimizer = torch.optim.SGD(groups, lr=0.1)
+        state = copy.deepcopy(optimizer.state_dict())
+        resume_by_name(optimizer, models[0] if given == "one of them" else nn.ModuleList(models))
+        message = (
+            "holds a parameter 'body.weight' that is not the model's of this name"
+            if given == "one of them"
+            else "two parameters of the name 'body.weight', so it cannot be told which state is whose; build the groups"
+        )
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state)
+
+    def test_two_models_in_one_module_have_names_of_their_own(self):
+        def build(rules):
+            models = nn.ModuleDict({"a": Net(), "b": Net()})
+            optimizer = torch.optim.SGD(build_decay_groups(models, rules).as_param_groups(), lr=0.1, momentum=0.9)
+            resume_by_name(optimizer, models)
+            return models, optimizer
+
+        models, optimizer = build({"*.bias": 0.0, "*": 0.0})
+        for number, parameter in enumerate(models.parameters()):
+            parameter.grad = torch.full_like(parameter, number)
+        optimizer.step()
+        others, other = build({"b.*": 0.1, "*": 0.2})
+        other.load_state_dict(optimizer.state_dict())
+        for number, parameter in enumerate(others.parameters()):
+            assert torch.all(other.state[parameter]["momentum_buffer"] == number)
+
+    def test_a_parameter_that_the_model_has_put_another_in_the_place_of(self):
+        first, second = Run({"*": 0.1}).train(1), Run({"*.bias": 0.0, "*": 0.1})
+        second.net.head.load_state_dict(copy.deepcopy(second.net.head.state_dict()), assign=True)
+        before = [dict(group) for group in second.optimizer.param_groups]
+        with pytest.raises(ValueError, match=r"holds a parameter 'head\.bias' that is not the model's of this name"):
+            second.optimizer.load_state_dict(first.checkpoint()[1])
+        assert second.optimizer.param_groups == before
+        assert not second.optimizer.state
 
     def test_names_with_the_prefixes_of_wrappers(self):
         first = Run({"*": 0.1}).train(2)
@@ -647,6 +905,44 @@ class TestCheckpointsWithoutNames:
             after = Run({"*": 0.2}).load(checkpoint)
         assert_same_state(after, before, ["norm.bias", "head.weight"])
 
+    @pytest.mark.parametrize("nameless", [[0], [1], [2], [3], [0, 3]])
+    def test_of_some_groups_only(self, nameless):
+        first = Run(SAME_IN_OTHER_GROUPS).train(5)
+        checkpoint = first.checkpoint()
+        for number in nameless:
+            del checkpoint[1]["param_groups"][number]["decay_params"]
+        second = Run(TWO_GROUPS).load(checkpoint).train(3, first=5)
+        assert_same_weights(second.net, first.train(3, first=5).net)
+
+    def test_of_some_groups_only_that_fit_in_several_ways(self):
+        checkpoint = Run(SAME_IN_OTHER_GROUPS).train(1).checkpoint()
+        for group in checkpoint[1]["param_groups"][1:]:  # of which the norm's have the shape of the body's bias
+            del group["decay_params"]
+        with pytest.raises(ValueError, match=r"its 5 parameters in 3 groups fit the 5 .* in no way, or in several"):
+            Run(TWO_GROUPS).load(checkpoint)
+
+    @pytest.mark.filterwarnings("error")
+    def test_of_a_group_beside_the_named_ones_in_another_order(self):
+        first = Run({"*": 0.1})
+        net, names = first.net, [name for name, _ in first.net.named_parameters()]
+        nameless = [name for name in names if not name.startswith("norm")]
+        named = {"params": [net.norm.bias, net.norm.weight], "decay_params": ["norm.bias", "norm.weight"]}
+        first.optimizer = OPTIMIZERS["AdamW"]([named, {"params": [net.get_parameter(name) for name in nameless]}])
+        second = Run({"*.bias": 0.0, "*": 0.2}).load(first.train(2).checkpoint())
+        assert_same_state(second, first, names)
+
+    def test_of_many_groups_are_told_in_few_words(self):
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(200)))
+        before = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1, momentum=0.9)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before.step()
+        today = torch.optim.SGD(build_decay_groups(model, {"*": 0.1}).as_param_groups(), lr=0.1, momentum=0.9)
+        resume_by_name(today, model)
+        with pytest.warns(UserWarning, match=r"'0\.weight' to '0\.weight'; .* and \d+ more\), but shapes") as caught:
+            today.load_state_dict(before.state_dict())
+        assert max(len(str(warning.message)) for warning in caught) < 2000
+
     def test_of_another_model(self):
         before = self.before(lambda net: net.head.parameters())
         with pytest.raises(
@@ -676,19 +972,22 @@ class TestPlainPytorch:
         ):
             second.scheduler.load_state_dict(first.checkpoint()[2])
 
-    def test_torch_distributed_checkpoint(self, tmp_path):
-        whole = Run(TWO_GROUPS).train(8)
+    @pytest.mark.parametrize("rules", [SAME_IN_OTHER_GROUPS, OTHER_WAY_ROUND], ids=["other groups", "other way round"])
+    @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flattened"])
+    def test_torch_distributed_checkpoint(self, flat, rules, tmp_path):
+        options = {"options": StateDictOptions(flatten_optimizer_state_dict=flat)}
         first = Run(TWO_GROUPS).train(4)
-        dist_checkpoint.save({"optim": get_optimizer_state_dict(first.net, first.optimizer)}, checkpoint_id=tmp_path)
-        second = Run(SAME_IN_OTHER_GROUPS, checkpoint=tmp_path)
+        state = get_optimizer_state_dict(first.net, first.optimizer, **options)
+        dist_checkpoint.save({"optim": state}, checkpoint_id=tmp_path)
+        second = Run(rules, checkpoint=tmp_path)
         second.net.load_state_dict(first.net.state_dict())
-        state = {"optim": get_optimizer_state_dict(second.net, second.optimizer)}
+        state = {"optim": get_optimizer_state_dict(second.net, second.optimizer, **options)}
         dist_checkpoint.load(state, checkpoint_id=tmp_path)
-        set_optimizer_state_dict(second.net, second.optimizer, state["optim"])
-        assert_same_weights(second.train(4, first=4).net, whole.net)
-        assert [group["lr"] for group in second.optimizer.param_groups] == [0.01, 0.02, 0.01, 0.02]
+        set_optimizer_state_dict(second.net, second.optimizer, state["optim"], **options)
+        assert_same_weights(second.train(4, first=4).net, first.train(4, first=4).net)
+        assert [group["lr"] for group in second.optimizer.param_groups] == [0.01, 0.02] * (len(rules) // 2)
         # What is saved from now on has the groups of today.
-        assert len(get_optimizer_state_dict(second.net, second.optimizer)["param_groups"]) == 4
+        assert len(get_optimizer_state_dict(second.net, second.optimizer)["param_groups"]) == len(rules)
 
     def test_torch_distributed_checkpoint_without_a_parameter(self, tmp_path):
         first = Run(TWO_GROUPS)

@@ -83,8 +83,12 @@ class Around(nn.Module):
 
 def decays(module, rules):
     """Parameter name to its weight decay, where an optimizer's own is 7."""
-    groups = build_decay_groups(module, rules)
-    return {name: group.as_param_group(7.0).get("weight_decay", 7.0) for group in groups for name in group.params}
+    found = {}
+    for group in build_decay_groups(module, rules):  # of models on the meta device, of which no param group is made
+        rule = group.rule or DecayRule(decay_mult=1.0)
+        strength = 7.0 * rule.decay_mult if rule.weight_decay is None else rule.weight_decay
+        found.update(dict.fromkeys(group.params, strength))
+    return found
 
 
 def owners(module):
@@ -288,6 +292,24 @@ class TestOptionsThatMendAFault:
 
 
 class TestWhatTheModelLists:
+    @pytest.mark.parametrize(
+        "listed",
+        [lambda self: {"head.weight"}, property(lambda self: ["head.weight"]), {"head.weight"}, ["head.weight"]],
+        ids=["method", "property", "set", "list"],
+    )
+    @pytest.mark.parametrize("test", ["no_weight_decay", "no_weight_decay_keywords"])
+    def test_by_a_method_or_an_attribute(self, test, listed):
+        model = Around(type("Lists", (Net,), {test: listed})())
+        rules = [DecayRule(0.0, where=test), DecayRule(0.1)]
+        assert [name for name, λ in decays(model, rules).items() if not λ] == ["model.head.weight"]
+
+    @pytest.mark.parametrize("listed", [lambda: ("head.weight",), ["head.weight"], {"head.weight"}])
+    def test_by_an_attribute_of_the_instance(self, listed):
+        model = Around(Net())
+        model.model.no_weight_decay = listed
+        rules = [DecayRule(0.0, where="no_weight_decay"), DecayRule(0.1)]
+        assert [name for name, λ in decays(model, rules).items() if not λ] == ["model.head.weight"]
+
     def test_a_model_inside_another_is_asked(self):
         inside = decays(Around(Vision()), timm_rules(0.1, keywords=True))
         assert inside == {f"model.{name}": λ for name, λ in decays(Vision(), timm_rules(0.1, keywords=True)).items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import posixpath
 import re
 from decimal import Decimal
 from fractions import Fraction
@@ -12,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import LitHparams, trainer
 from omegaconf import OmegaConf
 from torch import nn
 
-from lightning_regdecay import DecayRule
+from lightning_regdecay import DecayRule, build_decay_groups
 from lightning_regdecay.rules.forms import parse_rules, plain_rules, rules_by_group
-from lightning_regdecay.rules.names import name_of_pattern
+from lightning_regdecay.rules.names import name_of_pattern, safe_name
 
 
 def is_small(name, parameter, module):
@@ -83,6 +86,50 @@ class TestForms:
         lr = torch.tensor(1e-3)
         assert DecayRule(0.1, options={"lr": lr}).options["lr"] is lr
 
+    @pytest.mark.parametrize(
+        ("given", "plain"),
+        [
+            *((kind(0.25), 0.25) for kind in (np.float64, np.float32, np.float16, np.array, Decimal, Fraction)),
+            *((kind(3), 3) for kind in (np.int64, np.uint8, np.array)),
+            *((np.bool_(value), value) for value in (True, False)),
+            (np.array([0.5, 0.75]), (0.5, 0.75)),
+            ([np.float64(0.5), Decimal("0.75")], (0.5, 0.75)),
+            (np.array([[1, 2], [3, 4]]), ((1, 2), (3, 4))),
+            (np.str_("text"), "text"),
+            (None, None),
+        ],
+    )
+    def test_options_of_every_kind_are_pythons_own(self, given, plain):
+        (rule,) = parse_rules([DecayRule(0.1, options={"x": given})])
+        (group,) = build_decay_groups(nn.Linear(1, 1), [rule])
+        # By what is written: np.float64(0.25) == 0.25, and hash and type of it are others.
+        assert repr(rule.options["x"]) == repr(group.as_param_group()["x"]) == repr(plain)
+        as_json = json.loads(json.dumps(plain))
+        for rules in ([rule], [{"weight_decay": 0.1, "options": {"x": given}}]):
+            assert repr(plain_rules(rules)[0]["options"]["x"]) == repr(as_json)
+
+    @pytest.mark.parametrize("lr", [np.float64(0.25), np.float32(0.25), np.array(0.25), Decimal("0.25"), "0.25", 0.25])
+    def test_a_learning_rate_of_every_kind_is_a_float(self, lr):
+        assert repr(DecayRule(0.1, options={"lr": lr}).options) == "{'lr': 0.25}"
+
+    def test_a_checkpoint_of_a_fit_with_numbers_of_every_kind_is_plain_data(self, tmp_path):
+        given = {
+            "lr": Decimal("0.01"),
+            "betas": np.array([0.5, 0.75]),
+            "eps": np.float32(0.125),
+            "amsgrad": np.bool_(1),
+        }
+        plain = {"lr": 0.01, "betas": (0.5, 0.75), "eps": 0.125, "amsgrad": True}
+        rules = [DecayRule(np.float64(0.25), params="*.bias", options=given), {"weight_decay": Fraction(1, 8)}]
+        run = trainer(limit_train_batches=1)
+        run.fit(LitHparams(decay_rules=rules))
+        run.save_checkpoint(tmp_path / "x.ckpt")
+        stored = torch.load(tmp_path / "x.ckpt", weights_only=True)
+        bias, rest = stored["optimizer_states"][0]["param_groups"]
+        assert {name: bias[name] for name in ("weight_decay", *plain)} == {"weight_decay": 0.25, **plain}
+        assert rest["weight_decay"] == 0.125
+        assert parse_rules(stored["hyper_parameters"]["decay_rules"]) == parse_rules(rules)
+
     def test_rules_are_frozen_and_compare_by_value(self):
         rule = DecayRule(0.1, params="*.bias", options={"lr": 1e-3})
         assert rule == DecayRule("0.1", params=["*.bias"], options={"lr": "1e-3"})
@@ -123,6 +170,34 @@ class TestGroupNames:
     def test_from_a_pattern(self, pattern, name):
         (rule,) = parse_rules({pattern: 0.1})
         assert rule.group == name == name_of_pattern(pattern)
+
+    @pytest.mark.parametrize(
+        ("text", "name"),
+        [
+            ("", "_"),
+            (".", "_"),
+            ("..", "__"),
+            ("...", "___"),
+            ("/", "_"),
+            (".a", ".a"),
+            ("..a..", "..a.."),
+            (". .", "._."),
+        ],
+    )
+    def test_is_never_empty_or_a_folder(self, text, name):
+        assert safe_name(text) == name
+        key = f"decay/{name}/l2_norm"
+        assert posixpath.normpath(key) == key  # as MLflow checks its keys
+
+    def test_a_long_name_is_cut_and_ends_in_what_tells_it_from_others(self):
+        long = [end.join(["x" * 200, "y"]) for end in ("a", "b", "é", "ü")]
+        names = [safe_name(text) for text in long]
+        assert names == [safe_name(text) for text in long]
+        assert len(set(names)) == 4
+        assert all(re.fullmatch(r"x{56}[0-9a-f]{8}", name) for name in names)
+        assert safe_name("x" * 64) == "x" * 64
+        rules = parse_rules({f"{text}*": 0.1 for text in long})
+        assert len({rule.group for rule in rules}) == 4
 
     def test_a_clash_gets_a_number(self):
         rules = parse_rules({"*.bias": 0.0, "*bias": 0.1, "bias*": 0.2})
@@ -228,6 +303,25 @@ class TestMistakes:
         rules = [DecayRule(0.1, params="a", group="g"), DecayRule(**other, params="b", group="g")]
         with pytest.raises(ValueError, match="the rules 'a' and 'b' share the group 'g' but disagree on "):
             parse_rules(rules)
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            (torch.tensor([0.5, 0.75]), torch.tensor([0.5, 0.25])),
+            (torch.tensor(0.5), torch.tensor(0.25)),
+            (torch.tensor([0.5, 0.75]), torch.tensor([0.5])),
+            (np.array([0.5, 0.75]), np.array([0.5, 0.25])),
+            ([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 3.0])]),
+        ],
+        ids=["tensor", "number", "of another size", "array", "in a list"],
+    )
+    def test_options_that_are_tensors_are_compared_as_data(self, one, other):
+        def rules(*values):
+            return [DecayRule(0.1, params=p, group="g", options={"x": value}) for p, value in zip("ab", values)]
+
+        assert [rule.group for rule in parse_rules(rules(one, copy.deepcopy(one)))] == ["g", "g"]
+        with pytest.raises(ValueError, match="'a' and 'b' share the group 'g' but disagree on options"):
+            parse_rules(rules(one, other))
 
 
 class TestPlainData:
