@@ -18,7 +18,7 @@ from lightning_regdecay.optim.holders import unwrapped
 from lightning_regdecay.optim.in_force import armed_for, every_room, has_members, put_in_force, rooms_in_force
 from lightning_regdecay.optim.resuming import stop_carrying
 from lightning_regdecay.optim.step_room import StepRoom
-from lightning_regdecay.optim.witness import Witness
+from lightning_regdecay.optim.witness import StrayWitness, Witness
 from lightning_regdecay.rules.forms import DecayRules, loggable_rules, parse_rules, plain_rules, rules_by_group
 from lightning_regdecay.rules.rules import DecayRule
 
@@ -38,6 +38,7 @@ class RulesForAFit(Callback):
         self._before: list[StepRoom] = []
         self._rooms: list[StepRoom] = []
         self._witnesses: list[Witness] = []
+        self._strays: StrayWitness | None = None
         self._optimizers: list[weakref.ref[Any]] = []
         self._steps_seen = 0
         self._is_under_way = False
@@ -48,7 +49,7 @@ class RulesForAFit(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and other processes: what is of the fit under way stays here."""
         own = {name: value for name, value in vars(self).items() if name not in OF_THE_MODEL}
-        return {**own, "_before": [], "_rooms": [], "_witnesses": [], "_optimizers": [], "_fit": None}
+        return {**own, "_before": [], "_rooms": [], "_witnesses": [], "_strays": None, "_optimizers": [], "_fit": None}
 
     def model(self, trainer: Trainer) -> Any:
         """The module that the rules are for, None where there are none to bring."""
@@ -103,6 +104,10 @@ class RulesForAFit(Callback):
         for room in self._rooms:
             room.parting.look_again()
             room.parting.strengths.ask_anew()
+        model = self.model(trainer)
+        if self._rooms:
+            known = [*trainer.optimizers, *(one for room in armed_for(model) for one in room.members)]
+            self._strays = StrayWitness(model, self._rooms, known)
         warn_of_strays([room for room in self._rooms if room.steps_done], every_room())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -131,6 +136,13 @@ class RulesForAFit(Callback):
         for witness in self._witnesses:
             if witness.is_passed_by(is_step):
                 self._refuse(trainer, witness.room)
+        stray = None if self._strays is None else self._strays.trained()
+        if stray is not None:
+            raise MisconfigurationException(
+                f"the decay rules of {type(self.model(trainer)).__name__} are not in force for {stray!r}: it is "
+                "trained, but not by an optimizer that configure_optimizers returns; return that one too, or put the "
+                "rules in force in it, with apply_decay_rules(optimizer, model, rules)"
+            )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop where parameters change, and no optimizer makes a step."""
@@ -222,6 +234,7 @@ class RulesForAFit(Callback):
             for optimizer in room.members:
                 stop_carrying(optimizer)
         self._before, self._rooms, self._witnesses, self._optimizers = [], [], [], []
+        self._strays = None
         self._fit, self._is_under_way = None, False
         let_go_of_model(self)
 

@@ -402,6 +402,54 @@ class TestInForce:
             )().configure_optimizers()
 
 
+class TestStrays:
+    """Parameters of the model that are in none of its optimizers."""
+
+    class Fit(LitBase):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.inner = torch.optim.SGD(self.body.parameters(), lr=0.1)
+
+        def training_step(self, batch, batch_idx):
+            self.inner.zero_grad()
+            self.manual_backward(self.training_step_loss(batch))
+            self.inner.step()
+            self.optimizers().step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([*self.norm.parameters(), *self.head.parameters()], lr=0.1)
+
+    @both_ways
+    def test_an_optimizer_inside_that_nobody_returns(self, way):
+        with pytest.raises(MisconfigurationException, match=r"are not in force for 'body\.weight': it is trained, but"):
+            fit_with(way, self.Fit, {"*.bias": 0.0, "*": 0.3})
+
+    def test_the_advice_works(self):
+        model, rules = self.Fit(), {"*.bias": 0.0, "*": 0.3}
+        apply_decay_rules(model.inner, model, rules)
+        trainer(callbacks=[WeightDecayRules(rules)]).fit(model)
+
+    def test_a_moving_average_is_not_trained(self):
+        class Averaged(LitBase):
+            def __init__(self):
+                super().__init__()
+                self.teacher = copy.deepcopy(self.body)
+
+            def on_train_batch_start(self, batch, batch_idx):
+                with torch.no_grad():
+                    for slow, fast in zip(self.teacher.parameters(), self.body.parameters()):
+                        slow.lerp_(fast, 0.1)
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(
+                    [*self.body.parameters(), *self.norm.parameters(), *self.head.parameters()], lr=0.1
+                )
+
+        with pytest.warns(UserWarning, match=r"'teacher.weight', 'teacher.bias' are trainable, but in no optimizer"):
+            trainer(max_epochs=2, callbacks=[WeightDecayRules({"*.bias": 0.0, "*": 0.3})]).fit(Averaged())
+
+
 class TestOnce:
     """Fitting often, and what is left when a fit has ended or failed."""
 

@@ -43,7 +43,8 @@ def check_family(family: list[Any], rooms: list[StepRoom], places: Places, finds
     if not shared_lists(family):
         raise ValueError(
             f"decay rules cannot be put in force in this {kind}: its param_groups is made anew whenever it is asked "
-            "for, so nothing can be put there for a step; apply them to the optimizers inside it"
+            "for, so nothing can be put there for a step; apply them to the torch optimizer inside it, or use one of "
+            "torch's kind (of fastai, OptimWrapper)"
         )
     trial = Parting(getattr(innermost(family), "defaults", {}))
     trial.layers = [Layer(places)]

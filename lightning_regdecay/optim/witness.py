@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from lightning_regdecay.groups.places import Places
 from lightning_regdecay.optim.step_room import StepRoom
 
 _MOST_MISSES = 2
@@ -50,5 +57,50 @@ class Witness:
 
     def _version(self) -> int:
         """A number that changes with the parameters."""
-        params = (parameter for group in self.room.groups for parameter in group["params"])
-        return sum(0 if parameter.is_inference() else parameter._version for parameter in params)
+        return _version(parameter for group in self.room.groups for parameter in group["params"])
+
+
+class StrayWitness:
+    """Watches what rules have a λ for and no optimizer that is known has: an optimizer inside the model may train it.
+
+    Args:
+        module: the model.
+        rooms: those that its rules are in force in.
+        optimizers: all that are known.
+    """
+
+    def __init__(self, module: nn.Module, rooms: Iterable[StepRoom], optimizers: Iterable[Any]) -> None:
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        places = next((p for room in rooms if (p := _places_of(room, module)) is not None), None)
+        strays = [] if places is None else places.find().values()
+        self._strays = [
+            (weakref.ref(found.parameter), found.name)
+            for found in strays
+            if found.parameter.requires_grad and found.place.rule is not None and id(found.parameter) not in held
+        ]
+        self._last = self._versions()
+
+    def trained(self) -> str | None:
+        """The name of a parameter that was trained since this was asked, None where none was.
+
+        What changes without a gradient, as a moving average does, is not trained.
+        """
+        before, self._last = self._last, self._versions()
+        for reference, name in self._strays:
+            parameter = reference()
+            if parameter is not None and parameter.grad is not None and self._last[name] != before[name]:
+                return name
+        return None
+
+    def _versions(self) -> dict[str, int]:
+        params = [(name, reference()) for reference, name in self._strays]
+        return {name: 0 if parameter is None else _version([parameter]) for name, parameter in params}
+
+
+def _places_of(room: StepRoom, module: nn.Module) -> Places | None:
+    return next((layer.places for layer in room.parting.layers if layer.places.module() is module), None)
+
+
+def _version(params: Iterable[Any]) -> int:
+    """A number that changes with parameters."""
+    return sum(0 if parameter.is_inference() else parameter._version for parameter in params)
