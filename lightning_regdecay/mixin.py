@@ -104,6 +104,8 @@ class WeightDecayMixin(_Base):
         theirs = _configuration_of_a_base(self)
         if theirs is None:
             return configure_own(self, self.build_optimizer, self.build_lr_scheduler)
+        if _rules_of(self) is None and _has_callback_with_rules(self):
+            return theirs()
         groups = _groups_of(self)
         config = theirs()
         _put_in_force(config, self, groups)
@@ -318,6 +320,11 @@ def _bringing_the_rules(trainer: property) -> Callable[[Any, Any], None]:
 
     attach.brings_rules = True  # type: ignore[attr-defined]
     return attach
+
+
+def _has_callback_with_rules(module: Any) -> bool:
+    callbacks = getattr(getattr(module, "_trainer", None), "callbacks", [])
+    return any(isinstance(one, RulesForAFit) and not isinstance(one, _RulesOfModule) for one in callbacks)
 
 
 def _of_a_base(module: Any, name: str) -> Callable[..., Any] | None:

@@ -134,7 +134,7 @@ class RulesForAFit(Callback):
         is_step = trainer.global_step != self._steps_seen
         self._steps_seen = trainer.global_step
         for witness in self._witnesses:
-            if witness.is_passed_by(is_step):
+            if witness.is_passed_by(is_step, is_alone=pl_module.automatic_optimization):
                 self._refuse(trainer, witness.room)
         stray = None if self._strays is None else self._strays.trained()
         if stray is not None:

@@ -25,9 +25,9 @@ _WRAPPERS = (
 )
 """The attributes under which wrappers hold the user's module, and nothing else: no part of a parameter's name."""
 _WRAPPED = set().union(*_WRAPPERS)
-_MOST_OTHER_PATHS = 200_000
-"""Modules that are gone through again to find other names of what is shared. A graph of shared modules may have more
-paths than could be listed."""
+_MOST_OTHER_PATHS, _SOME_OTHER_PATHS = 20_000, 5_000
+"""Modules that are gone through again to find other names of what is shared, and how many where a graph of them
+has more paths than could be listed."""
 
 _LISTS = frozenset({"no_weight_decay", "no_weight_decay_keywords"})
 """The methods by which vision models list what is not to decay: names of parameters, or globs; parts of names."""
@@ -202,7 +202,8 @@ class _Walk:
         else:
             self._other_paths += 1
             again[id(module)] = again.get(id(module), 0) + 1
-            if self._other_paths > _MOST_OTHER_PATHS or (again[id(module)] > 4 and not self._are_few_paths):
+            most = _MOST_OTHER_PATHS if self._are_few_paths else _SOME_OTHER_PATHS
+            if self._other_paths > most or (again[id(module)] > 4 and not self._are_few_paths):
                 return
         if path.lister is None and self._lists(module):
             path = path._replace(lister=(module, path.name))

@@ -34,14 +34,16 @@ class Witness:
         """Whether a step of the run went through the room."""
         return self.room.steps_done != self._first
 
-    def is_passed_by(self, is_step: bool) -> bool:
+    def is_passed_by(self, is_step: bool, is_alone: bool) -> bool:
         """Whether steps are made past the room; to be asked after each batch.
 
         Args:
             is_step: whether the run counts a step in this batch. That alone is no proof: it may have been skipped.
+            is_alone: whether the steps that the run counts can only be of this room.
         """
         if self.room.steps_done != self._steps:
-            self._steps, self._last, self._misses = self.room.steps_done, None, 0
+            self._steps, self._last = self.room.steps_done, self._version() if is_alone else None
+            self._misses = self._misses if is_alone else 0
             return False
         before, self._last = self._last, self._version()
         if is_step and before is not None and self._last != before:

@@ -49,11 +49,11 @@ class Notes:
         return loss
 
 
-class AdamW(Notes, torch.optim.AdamW):
+class MyAdamW(Notes, torch.optim.AdamW):
     pass
 
 
-class SGD(Notes, torch.optim.SGD):
+class MySGD(Notes, torch.optim.SGD):
     pass
 
 
@@ -61,7 +61,7 @@ class LitAdamW(LitBase):
     """A model as others write it."""
 
     def configure_optimizers(self) -> Any:
-        return AdamW(self.parameters())
+        return MyAdamW(self.parameters())
 
 
 class LitKept(LitBase):
@@ -69,10 +69,33 @@ class LitKept(LitBase):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept = AdamW(self.parameters())
+        self.kept = MyAdamW(self.parameters())
 
     def configure_optimizers(self) -> Any:
         return self.kept
+
+
+class LitOwn(WeightDecayMixin, LitBase):
+    """With an optimizer over the decay groups."""
+
+    decay_rules = RULES
+
+    def build_optimizer(self, param_groups):
+        return MyAdamW(param_groups)
+
+
+class LitManual(LitBase):
+    """Steps its optimizers itself."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        self.zero_grad()
+        self.manual_backward(self.training_step_loss(batch))
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 def with_rules(way: str, theirs: type, rules: Any) -> Any:

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-from field.fits import EPOCH, OWN, RULES, SGD, AdamW, both_ways, fit, fitted, strengths, used, used_by_weights
+from field.fits import (
+    EPOCH,
+    OWN,
+    RULES,
+    LitOwn,
+    MyAdamW,
+    MySGD,
+    both_ways,
+    fit,
+    fitted,
+    strengths,
+    used,
+    used_by_weights,
+)
 from helpers import LitBase, Net, digits
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
 
-from lightning_regdecay import WeightDecayMixin, apply_decay_rules, build_decay_groups, schedule_weight_decay
+from lightning_regdecay import apply_decay_rules, build_decay_groups, schedule_weight_decay
 
 SAME = {"*.bias": OWN, "*": OWN}
 """What the optimizers have anyhow, in two groups."""
 FOLLOWING = {"*.bias": 0.0, "*": {"schedule": "follow_lr", "start": 0.5}}
-
-
-class LitOwn(WeightDecayMixin, LitBase):
-    """With an optimizer over the decay groups."""
-
-    decay_rules = RULES
-
-    def build_optimizer(self, param_groups):
-        return AdamW(param_groups)
 
 
 class LitTwoGroups(LitBase):
@@ -33,7 +37,7 @@ class LitTwoGroups(LitBase):
 
     def configure_optimizers(self):
         head = {"params": self.head.parameters(), "lr": 0.05}
-        optimizer = AdamW([{"params": [*self.body.parameters(), *self.norm.parameters()]}, head])
+        optimizer = MyAdamW([{"params": [*self.body.parameters(), *self.norm.parameters()]}, head])
         return [optimizer], [{"scheduler": self.build_scheduler(optimizer), "interval": "step"}]
 
 
@@ -51,9 +55,21 @@ class Pairs(LRScheduler):
         return [base * (self.warmup_lr[0] + (self.warmup_lr[1] - self.warmup_lr[0]) * part) for base in self.base_lrs]
 
 
+class Piecewise(LRScheduler):
+    """A factor for each stretch of the run."""
+
+    def __init__(self, optimizer, boundaries, values):
+        self.boundaries, self.values = boundaries, values
+        super().__init__(optimizer)
+
+    def get_lr(self):
+        reached = sum(self.last_epoch >= boundary for boundary in self.boundaries)
+        return [base * self.values[reached] for base in self.base_lrs]
+
+
 class LitPairs(LitTwoGroups):
     def build_scheduler(self, optimizer):
-        return Pairs(optimizer)
+        return Pairs(optimizer, betas=(0.85, 0.95), warmup_lr=(0.1, 1.0))
 
 
 class LitListMadeLate(LitTwoGroups):
@@ -76,15 +92,6 @@ class LitListOverTime(LitTwoGroups):
     """Its scheduler has as many values over time as there are param groups."""
 
     def build_scheduler(self, optimizer):
-        class Piecewise(LRScheduler):
-            def __init__(self, optimizer, boundaries, values):
-                self.boundaries, self.values = boundaries, values
-                super().__init__(optimizer)
-
-            def get_lr(self):
-                reached = sum(self.last_epoch >= boundary for boundary in self.boundaries)
-                return [base * self.values[reached] for base in self.base_lrs]
-
         return Piecewise(optimizer, [EPOCH], [1.0, 0.1])
 
 
@@ -123,7 +130,7 @@ class TestInTheirOptimizer:
 
         class Theirs(LitBase):
             def configure_optimizers(self):
-                optimizer = Outer(SGD(self.parameters(), lr=0.1))
+                optimizer = Outer(MySGD(self.parameters(), lr=0.1))
                 return [optimizer], [{"scheduler": StepLR(optimizer, 1, gamma=0.1), "interval": "step"}]
 
         expected, _ = fitted("without", Theirs, None)
@@ -212,7 +219,7 @@ class TestFollowed:
     def test_a_group_that_was_added(self):
         """λ of all parts of an added group but the last followed the lr of the step before."""
         model = Net()
-        optimizer = AdamW(model.head.parameters())
+        optimizer = MyAdamW(model.head.parameters())
         rules = {"*.bias": {"schedule": "follow_lr", "start": 1.0}, "*": {"schedule": "follow_lr", "start": 1.0}}
         apply_decay_rules(optimizer, model, rules)
         optimizer.add_param_group({"params": [*model.body.parameters(), *model.norm.parameters()], "lr": 0.1})
@@ -227,7 +234,7 @@ class TestFollowed:
         torch.manual_seed(0)
         model = nn.ModuleDict({"words": nn.Embedding(10, 4, sparse=True), "head": nn.Linear(4, 1)})
         groups = build_decay_groups(model, {"words.*": 0.0, "*": {"schedule": "linear", "start": 1.0, "end": 0.0}})
-        optimizer = SGD(groups.as_param_groups(OWN), lr=0.1)
+        optimizer = MySGD(groups.as_param_groups(OWN), lr=0.1)
         scheduler = LambdaLR(optimizer, lambda step: min(step / 2, 1.0))
         schedule_weight_decay(optimizer, total_steps=4)
         before = model["words"].weight.detach().clone()

@@ -11,9 +11,9 @@ from field.fits import (
     LINEAR,
     OWN,
     RULES,
-    SGD,
-    AdamW,
     Log,
+    MyAdamW,
+    MySGD,
     Notes,
     both_ways,
     fit,
@@ -23,7 +23,7 @@ from field.fits import (
     used,
     used_by_weights,
 )
-from helpers import LitBase, Net
+from helpers import LitBase, Net, digits
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -82,7 +82,7 @@ class TestOptimizers:
 
         class Theirs(LitBase):
             def configure_optimizers(self):
-                return SAM(self.parameters(), SGD, lr=0.05, momentum=0.9, weight_decay=OWN)
+                return SAM(self.parameters(), MySGD, lr=0.05, momentum=0.9, weight_decay=OWN)
 
         rules = {"*.bias": 0.0, "head.*": {"decay_mult": 0.5}, "*": {"decay_mult": 2.0}}
         model, run = fitted(way, Theirs, rules)
@@ -93,7 +93,7 @@ class TestOptimizers:
         """Out of memory in the closure of a step; in ``first_step`` and ``second_step`` afterwards λ stood still."""
         model = Net()
         groups = build_decay_groups(model, LINEAR)
-        optimizer = SAM(groups.as_param_groups(OWN), SGD, lr=0.1, weight_decay=OWN)
+        optimizer = SAM(groups.as_param_groups(OWN), MySGD, lr=0.1, weight_decay=OWN)
         schedule_weight_decay(optimizer, total_steps=10)
 
         def fail():
@@ -108,7 +108,7 @@ class TestOptimizers:
     def test_a_step_that_calls_that_of_its_base(self):
         """A subclass that clips before ``super().step()``: each step counted twice, if AdamW had been in use."""
 
-        class Clipping(AdamW):
+        class Clipping(MyAdamW):
             def step(self, closure=None):
                 loss = None if closure is None else torch.enable_grad()(closure)()
                 nn.utils.clip_grad_value_([p for group in self.param_groups for p in group["params"]], 0.1)
@@ -146,13 +146,13 @@ class TestOptimizers:
 
         class Theirs(LitBase):
             def configure_optimizers(self):
-                return ZeroRedundancyOptimizer(self.parameters(), optimizer_class=AdamW, lr=0.01)
+                return ZeroRedundancyOptimizer(self.parameters(), optimizer_class=MyAdamW, lr=0.01)
 
         class Own(WeightDecayMixin, LitBase):
             decay_rules = RULES
 
             def build_optimizer(self, param_groups):
-                return ZeroRedundancyOptimizer(param_groups, optimizer_class=AdamW, lr=0.01)
+                return ZeroRedundancyOptimizer(param_groups, optimizer_class=MyAdamW, lr=0.01)
 
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         try:
@@ -210,7 +210,7 @@ class TwoOfAWrapper(nn.Module):
 
 def step_with(model, rules):
     """What a step of an optimizer over all parameters uses."""
-    optimizer = SGD(model.parameters())
+    optimizer = MySGD(model.parameters())
     apply_decay_rules(optimizer, model, rules)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -227,8 +227,13 @@ class TestModels:
         file.seek(0)
         model = nn.Sequential(torch.jit.load(file), nn.Linear(16, 10))
         assert step_with(model, RULES) == strengths(model, 0.5)
-        names = [name for group in build_decay_groups(model, RULES) for name in group.params]
-        assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+        optimizer = MySGD(build_decay_groups(model, RULES).as_param_groups())
+        pixels, classes = digits(64)
+        nn.functional.cross_entropy(model(pixels), classes).backward()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer.step()
+        assert used(model, optimizer) == [strengths(model, 0.5)]
+        assert not any(map(torch.equal, model.parameters(), before))
 
     def test_names_with_brackets(self):
         """Tabular models name a layer after each column, ``price[eur]``: a name in full did not match itself."""
@@ -249,7 +254,7 @@ class TestModels:
     def test_or_an_error(self):
         """Where they cannot be told apart, nothing is trained without rules in silence."""
         model = TwoOfAWrapper("_forward_module", "_original_module")
-        optimizer = SGD(model.parameters())
+        optimizer = MySGD(model.parameters())
         before = {name: value for name, value in vars(optimizer).items() if "hooks" not in name}
         with pytest.raises(ValueError, match="two parameters of TwoOfAWrapper come to the name 'weight'"):
             apply_decay_rules(optimizer, model, RULES)

@@ -7,21 +7,12 @@ import weakref
 
 import pytest
 import torch
-from field.fits import RULES, SGD, AdamW, fit
+from field.fits import LitOwn, MySGD, fit
 from helpers import LitBase, float64_norm, trainer
 from lightning.pytorch.loggers import MLFlowLogger
 from torch import nn
 
 from lightning_regdecay import GroupL2Norm, WeightDecayMixin, WeightDecayMonitor
-
-
-class LitOwn(WeightDecayMixin, LitBase):
-    """With an optimizer over the decay groups."""
-
-    decay_rules = RULES
-
-    def build_optimizer(self, param_groups):
-        return AdamW(param_groups)
 
 
 def watched(model, **options):
@@ -83,7 +74,7 @@ def test_parameters_that_are_not_the_models():
             self.fast = [nn.Parameter(torch.full((4, 4), 100.0))]
 
         def configure_optimizers(self):
-            return SGD([("body.weight", self.fast[0])], lr=0.0)
+            return MySGD([("body.weight", self.fast[0])], lr=0.0)
 
     assert watched(Fast())["decay/0/l2_norm"] == 400.0
 
@@ -100,7 +91,7 @@ def test_a_metric_inside_of_a_module_that_is_cast(precision, dtype):
                 self.body.weight.mul_(200)  # squares beyond what float16 holds
 
         def build_optimizer(self, param_groups):
-            return SGD(param_groups)
+            return MySGD(param_groups)
 
         def training_step(self, batch, batch_idx):
             return super().training_step([batch[0].to(dtype), batch[1]], batch_idx)
