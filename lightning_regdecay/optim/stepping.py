@@ -86,6 +86,7 @@ class _Step:
     thread: int = field(default_factory=threading.get_ident)
     swaps: list[_Swap] = field(default_factory=list)
     is_cut: bool = False
+    is_written_back: bool = True
     done: list[Any] = field(default_factory=list)
     """Optimizers whose own step has ended, wrappers aside."""
     counts: list[tuple[Group, int]] = field(default_factory=list)
@@ -325,12 +326,18 @@ class Stepping:
                 step.swaps.append(_Swap(groups, list(groups), self._back(groups)))
                 groups[:] = step.swaps[-1].outside
         step.is_cut = False
-        self.room.parting.write_back()
+        self._write_back(step)
+
+    def _write_back(self, step: _Step) -> None:
+        """Put what was written into the parts into the param groups, unless that is done."""
+        if not step.is_written_back:
+            self.room.parting.write_back()
+            step.is_written_back = True
 
     def _drop(self, step: _Step) -> None:
         """End a step; again, if it was interrupted here."""
         self._take_out(step)
-        self.room.parting.write_back()
+        self._write_back(step)
         self.room.parting.set_counts(step.counts)
         self._step = None
 
@@ -382,7 +389,7 @@ class Stepping:
 
 
 def _move_in(step: _Step) -> None:
-    step.is_cut = True
+    step.is_written_back, step.is_cut = False, True
     for swap in step.swaps:
         if not _same(swap.inside, swap.groups):
             swap.groups[:] = swap.inside
