@@ -14,9 +14,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_regdecay.figures.norms import GroupL2Norm, is_measurable
-from lightning_regdecay.groups.groups import TABLE_HEADER, format_table, table_row, total_row
+from lightning_regdecay.groups.groups import TABLE_HEADER, table_row, total_row
 from lightning_regdecay.groups.parameters import model_parameters
 from lightning_regdecay.groups.shards import remember_flattened
+from lightning_regdecay.groups.tables import Table, preformatted
 from lightning_regdecay.optim.in_force import in_force, refresh
 from lightning_regdecay.retrofit import OF_THE_MODEL, let_go_of_model
 from lightning_regdecay.rules.names import safe_name, unique_name
@@ -117,7 +118,7 @@ class WeightDecayMonitor(Callback):
             refresh(optimizer)
         # Not in on_fit_start, where a resumed run does not hold the λ and lr of its checkpoint yet.
         if self.summary and trainer.is_global_zero:
-            _print_table(self._table_rows(trainer))
+            Table(TABLE_HEADER, self._table_rows(trainer)).print()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -156,6 +157,22 @@ class WeightDecayMonitor(Callback):
         """For copies and other processes: what is of the fit under way stays here."""
         own = {name: value for name, value in vars(self).items() if name not in OF_THE_MODEL}
         return {**own, "_parameters": {}, "_l2_norm": None, "_trainer": None}
+
+    @property
+    def table(self) -> Table:
+        """The figures that were logged last, a row per group."""
+        last = self.history[-1] if self.history else {}
+        names = [
+            key.removeprefix(f"{self.prefix}/").removesuffix("/l2_norm") for key in last if key.endswith("/l2_norm")
+        ]
+        rows = [[name, *(f"{last[f'{self.prefix}/{name}/{figure}']:.6g}" for figure in _METRICS)] for name in names]
+        if last:
+            rows.append(["total", "", f"{last[f'{self.prefix}/total/penalty']:.6g}", ""])
+        return Table(("group", *_METRICS), rows, left=1)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the figures that were logged last."""
+        return self.table._repr_html_() if self.history else preformatted("WeightDecayMonitor: nothing was logged yet")
 
     def plot(self, ax: Sequence[Any] | None = None) -> tuple[Figure, Any]:
         """Plot the norm and the penalty of each group over the optimizer steps.
@@ -313,24 +330,6 @@ def _live_groups(trainer: Trainer) -> Iterator[tuple[str, _Live]]:
             taken.add(name)
             schedule = "" if found.schedule is None else found.schedule.text
             yield path + name, _Live(found.group, found.text, schedule, is_deepspeed)
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    """With rich where it is installed, as plain text where not."""
-    try:
-        from rich import print as print_rich
-        from rich.table import Table
-        from rich.text import Text
-    except ModuleNotFoundError:
-        print(format_table(TABLE_HEADER, rows))
-        return
-    table = Table(title="Weight decay groups", title_justify="left")
-    for number, title in enumerate(TABLE_HEADER):
-        table.add_column(title, justify="left" if number < 2 else "right", overflow="fold")
-    for number, row in enumerate(rows, start=1):
-        # As Text, since a pattern like `[ab]*` is markup to rich.
-        table.add_row(*map(Text, row), end_section=number == len(rows) - 1)
-    print_rich(table)
 
 
 def _plot(history: Sequence[dict[str, float]], prefix: str, ax: Sequence[Any] | None) -> tuple[Figure, Any]:

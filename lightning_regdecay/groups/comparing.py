@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_regdecay.groups.groups import DecayGroup, DecayGroups, build_decay_groups, numel_of
+from lightning_regdecay.groups.tables import preformatted
 from lightning_regdecay.rules.forms import DecayRules
 from lightning_regdecay.rules.rules import equal_options
 
@@ -69,6 +70,10 @@ class Comparison:
 
     def __repr__(self) -> str:
         return f"Comparison({len(self.moves)} moves)"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        return preformatted(str(self))
 
 
 def compare(module: nn.Module, before: DecayRules, after: DecayRules, *, strict: bool = True) -> Comparison:

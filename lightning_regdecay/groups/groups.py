@@ -14,6 +14,7 @@ from torch import nn
 from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names, problem_of
 from lightning_regdecay.groups.parameters import ModelParameter, class_of, model_parameters
 from lightning_regdecay.groups.shards import original_shape
+from lightning_regdecay.groups.tables import Lines, Table, Tabular
 from lightning_regdecay.rules.forms import DecayRules, parse_rules
 from lightning_regdecay.rules.names import hint, unique_name
 from lightning_regdecay.rules.rules import DecayRule, classes_of, patterns_of
@@ -106,7 +107,7 @@ class DecayGroup:
         return {**group, **copy.deepcopy(dict(self.rule.options))}
 
 
-class DecayGroups(list[DecayGroup]):
+class DecayGroups(Tabular, list[DecayGroup]):
     """The groups of a model: a list that prints as a table and explains any one parameter."""
 
     def __init__(
@@ -116,8 +117,10 @@ class DecayGroups(list[DecayGroup]):
         self._parameters = parameters
         self._rules = rules
 
-    def __str__(self) -> str:
-        return format_table(TABLE_HEADER, self.rows())
+    @property
+    def table(self) -> Table:
+        """The table, a row per group and one for all."""
+        return Table(TABLE_HEADER, self.rows())
 
     @overload
     def __getitem__(self, key: SupportsIndex | str) -> DecayGroup: ...
@@ -183,7 +186,7 @@ class DecayGroups(list[DecayGroup]):
         if not found:
             names = [known for p in self._parameters for known in p.names]
             raise KeyError(f"the model has no parameter {name!r}; nearest: {listed(nearest_names(name, names))}")
-        return "\n".join(map(self._explain, found))  # of a weight that is made of two tensors, both
+        return Lines("\n".join(map(self._explain, found)))  # of a weight that is made of two tensors, both
 
     def _explain(self, parameter: ModelParameter) -> str:
         owners = sorted({class_of(place.module).__name__ for place in parameter.places})
@@ -321,16 +324,6 @@ def table_row(name: str, rule: str, parameters: Iterable[Any], weight_decay: obj
 def total_row(parameters: Iterable[Any]) -> list[str]:
     """The last row of a table under ``TABLE_HEADER``."""
     return table_row("total", "", parameters, "", "")
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain text table: the first two columns to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [
-        "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in (header, *rows)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def numel_of(parameters: Iterable[Any]) -> int:

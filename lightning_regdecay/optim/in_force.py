@@ -20,7 +20,7 @@ from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.registry import Registry
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.optim.strengths import TELLS_NO_STEPS, lengths
-from lightning_regdecay.optim.telling import InForce, told
+from lightning_regdecay.optim.telling import InForce, ParamGroupsInForce, told
 from lightning_regdecay.rules.forms import DecayRules
 from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.schedules import schedule_of
@@ -132,14 +132,15 @@ def groups_in_force(optimizer: Any) -> list[dict[str, Any]]:
 
     Returns:
         Dictionaries with all that the optimizer's own have (``params``, ``lr``, ``weight_decay``, …), and ``name`` and
-        ``param_names``. To be read: who sets something sets it in ``optimizer.param_groups``.
+        ``param_names``; the list prints as a table. To be read: who sets something sets it in
+        ``optimizer.param_groups``.
 
     >>> import torch
     >>> optimizer = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
     >>> [sorted(group)[-1] for group in groups_in_force(optimizer)]
     ['weight_decay']
     """
-    return [found.group for found in in_force(optimizer)]
+    return ParamGroupsInForce(in_force(optimizer))
 
 
 def in_force(optimizer: Any) -> list[InForce]:

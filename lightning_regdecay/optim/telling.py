@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from lightning_regdecay.groups.groups import NAMES_KEY
+from lightning_regdecay.groups.groups import NAMES_KEY, TABLE_HEADER, table_row, total_row
 from lightning_regdecay.groups.places import OUTSIDE
+from lightning_regdecay.groups.tables import Table, Tabular
 from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.parts import Part, Parted
 from lightning_regdecay.optim.seen import Group
@@ -28,6 +31,28 @@ class InForce:
     group: Group
     text: str
     schedule: DecaySchedule | None
+
+
+class ParamGroupsInForce(Tabular, list[dict[str, Any]]):
+    """Param groups as an optimizer steps over them: a list of dictionaries that prints as a table."""
+
+    def __init__(self, every: Iterable[InForce]) -> None:
+        every = list(every)
+        super().__init__(one.group for one in every)
+        self._texts = [one.text for one in every]
+
+    @property
+    def table(self) -> Table:
+        """The table, a row per group and one for all."""
+        rows = [
+            table_row(str(g["name"]), text or "-", g["params"], _shown(g.get("weight_decay")), _shown(g.get("lr")))
+            for g, text in zip(self, self._texts)
+        ]
+        return Table(TABLE_HEADER, [*rows, total_row(p for group in self for p in group["params"])])
+
+
+def _shown(value: Any) -> Any:
+    return "-" if value is None or isinstance(value, (list, tuple)) else float(value)
 
 
 def told(parting: Parting, groups: list[Group]) -> list[InForce]:
