@@ -8,11 +8,19 @@ import struct
 import time
 
 import pytest
-from helpers import LitHparams, trainer
+import torch
+import yaml
+from helpers import LitBase, LitHparams, members, trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from lightning_regdecay import WeightDecayMonitor
-from lightning_regdecay.rules.forms import shortest_rules
+from lightning_regdecay import (
+    DecayRule,
+    WeightDecayMixin,
+    WeightDecayMonitor,
+    WeightDecayRules,
+    build_decay_groups,
+)
+from lightning_regdecay.rules.forms import parse_rules, shortest_rules
 
 BLOCK, FULL, LAST = 32768, 1, 4
 RULES = {"*.bias": 0.0, "slow": {"params": ["head.*", "norm.*"], "weight_decay": "1e-3"}, "*": 0.05}
@@ -151,3 +159,50 @@ def test_several_loggers_and_none(tmp_path):
     assert "decay/slow/l2_norm" in written
     assert written == (tmp_path / "b" / "metrics.csv").read_text()
     fit(False)
+
+
+class LitPlain(LitBase):
+    """With hyperparameters, and none of ours."""
+
+    def __init__(self, lr: float = 0.01) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+
+
+class LitClass(LitHparams):
+    decay_rules = {"*.bias": 0.0, "*": "1e-1"}
+
+
+VECTORS = {"weight_decay": 0.0, "max_ndim": 1}
+WAYS = {
+    "class attribute": (LitClass, None, {"lr": 0.001, "decay_rules": {"*.bias": 0.0, "*": 0.1}}),
+    "no hyperparameters": (
+        type("LitOwn", (WeightDecayMixin, LitBase), {"decay_rules": {"*": 0.1}}),
+        None,
+        {"decay_rules": {"*": 0.1}},
+    ),
+    "list": (
+        lambda: LitHparams(decay_rules=[DecayRule(0.0, max_ndim=1, group="vectors"), DecayRule(0.1)]),
+        None,
+        {"lr": 0.001, "decay_rules": {"vectors": VECTORS, "rest": {"weight_decay": 0.1, "params": "*"}}},
+    ),
+    "preset": (lambda: LitHparams(decay_rules="timm"), None, {"lr": 0.001, "decay_rules": {"preset": "timm"}}),
+    "callback": (LitPlain, {"head.*": 0.2, "*": 0.1}, {"lr": 0.01, "decay_rules": {"head.*": 0.2, "*": 0.1}}),
+}
+
+
+@pytest.mark.parametrize(("make", "rules", "expected"), WAYS.values(), ids=WAYS)
+def test_the_rules_in_force_are_logged_whatever_way_they_came(tmp_path, make, rules, expected):
+    callbacks = [] if rules is None else [WeightDecayRules(rules)]
+    run = trainer(logger=CSVLogger(tmp_path, name="", version=""), callbacks=callbacks)
+    model = make()
+    run.fit(model)
+    assert yaml.safe_load((tmp_path / "hparams.yaml").read_text()) == expected
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    stored = torch.load(tmp_path / "model.ckpt", weights_only=True)["decay_rules"]
+    in_force = model.decay_groups if rules is None else build_decay_groups(model, rules)
+    assert members(build_decay_groups(model, stored)) == members(in_force)
+    assert parse_rules(stored) == in_force.rules

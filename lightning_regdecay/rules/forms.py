@@ -28,7 +28,7 @@ from lightning_regdecay.rules.rules import (
 from lightning_regdecay.rules.scalars import plain_number
 from lightning_regdecay.rules.schedules import DecaySchedule
 
-DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any]
+DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any] | str
 """Rules in any form that users write: see :func:`parse_rules`."""
 
 
@@ -37,7 +37,7 @@ def parse_rules(rules: DecayRules) -> tuple[DecayRule, ...]:
 
     Args:
         rules: a mapping ``{pattern: λ}``, ``{name: {field: value}}`` or ``{name: DecayRule(...)}``, mixed at will, or a
-            list of ``DecayRule`` objects or their fields, or a preset by its name with its arguments, such as
+            list of ``DecayRule`` objects or their fields, or a preset by its name, ``"timm"``, or with its arguments,
             ``{"preset": "timm", "weight_decay": 0.05}``, alone or as an entry of the list.
 
     Raises:
@@ -47,6 +47,7 @@ def parse_rules(rules: DecayRules) -> tuple[DecayRule, ...]:
     >>> parse_rules({"*.bias": 0.0, "head": {"params": "head.*", "weight_decay": "1e-3"}})
     (DecayRule(0.0, params='*.bias', group='bias'), DecayRule(0.001, params='head.*', group='head'))
     """
+    rules = _with_preset(rules)
     if is_preset(rules):
         parsed = _from_preset(cast("Mapping[str, Any]", rules))
     elif isinstance(rules, Mapping):
@@ -54,7 +55,8 @@ def parse_rules(rules: DecayRules) -> tuple[DecayRule, ...]:
     elif isinstance(rules, Sequence) and not isinstance(rules, (str, bytes)):
         parsed = [pair for index, entry in enumerate(rules) for pair in _from_entry(index, entry)]
     else:
-        advice = "; text must be read first, with yaml.safe_load or json.loads" if isinstance(rules, str) else ""
+        advice = "; text is the name of a preset, or must be read first, with yaml.safe_load or json.loads"
+        advice = advice if isinstance(rules, str) else ""
         raise TypeError(f"decay rules are a mapping or a list of rules, got {type(rules).__name__} {rules!r}{advice}")
 
     taken = RESERVED_GROUPS | {rule.group for _, rule in parsed if rule.group is not None}
@@ -104,11 +106,13 @@ def shortest_rules(rules: DecayRules) -> dict[str, Any] | list[Any]:
     {'*.bias': 0.0, 'head': {'weight_decay': 0.001, 'params': 'head.*'}}
     """
     parse_rules(rules)  # which finds every mistake
+    rules = _with_preset(rules)
     if is_preset(rules):
         return _plain_preset(cast("Mapping[str, Any]", rules))
     if isinstance(rules, Mapping):
         return {str(key): _shortest_item(key, value) for key, value in rules.items()}
-    entries = [_plain_preset(entry) if is_preset(entry) else _rule("", entry) for entry in rules]
+    every = map(_with_preset, rules)
+    entries = [_plain_preset(entry) if is_preset(entry) else _rule("", entry) for entry in every]
     return [plain_rules(entry) for entry in entries]
 
 
@@ -193,6 +197,7 @@ def _argument(value: Any) -> Any:
 
 def _from_entry(index: int, entry: Any) -> list[tuple[str, DecayRule]]:
     """The groups' names, unless the rules give them themselves, and the rules of one entry of a list."""
+    entry = _with_preset(entry)
     if is_preset(entry):
         return _from_preset(entry)
     if not isinstance(entry, (DecayRule, Mapping)):
@@ -202,6 +207,12 @@ def _from_entry(index: int, entry: Any) -> list[tuple[str, DecayRule]]:
         )
     rule = _rule(f"decay rule {index + 1} of the list", entry)
     return [(_name_from_selectors(rule), rule)]
+
+
+def _with_preset(rules: Any) -> Any:
+    """The name of a preset alone as one with arguments, of which it has none; all else as it is."""
+    is_name = isinstance(rules, str) and rules.isidentifier()
+    return {"preset": str(rules)} if is_name else rules
 
 
 def _from_preset(given: Mapping[str, Any]) -> list[tuple[str, DecayRule]]:

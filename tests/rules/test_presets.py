@@ -393,6 +393,20 @@ class TestAnyModel:
 
 
 class TestByName:
+    def test_a_name_alone_is_a_preset(self):
+        assert parse_rules("ndim") == parse_rules({"preset": "ndim"})
+        first = DecayRule(0.3, params="head.*", group="head")
+        assert parse_rules([first, "ndim"]) == parse_rules([first, {"preset": "ndim"}])
+
+    @pytest.mark.parametrize("text", ["*: 0.1", "{'*': 0.1}", "a\nb", ""])
+    def test_other_text_is_to_be_read_first(self, text):
+        with pytest.raises(TypeError, match=r"text is the name of a preset, or must be read first, with yaml"):
+            parse_rules(text)
+
+    def test_a_name_that_no_preset_has(self):
+        with pytest.raises(ValueError, match=r"unknown preset 'tim'; did you mean 'timm'\?"):
+            parse_rules("tim")
+
     @pytest.mark.parametrize("name", PRESETS)
     def test_is_the_same_as_in_code(self, name):
         assert parse_rules({"preset": name, "weight_decay": 0.1}) == parse_rules(PRESETS[name](0.1))

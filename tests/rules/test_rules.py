@@ -246,7 +246,7 @@ class TestMistakes:
         ("rules", "error", "message"),
         [
             (5, TypeError, "decay rules are a mapping or a list of rules, got int 5"),
-            ("*: 0.1", TypeError, "text must be read first, with yaml.safe_load or json.loads"),
+            ("*: 0.1", TypeError, "must be read first, with yaml.safe_load or json.loads"),
             ({3: 0.1}, TypeError, "got the key 3; write '3'"),
             ([0.1], TypeError, r"rule 1 of the list must be a DecayRule or a mapping of its fields, got 0.1; write"),
             ({"*": -1}, ValueError, r"decay rule '\*': weight_decay must be a finite number of at least 0, got -1"),
