@@ -3,10 +3,9 @@
     python examples/tune.py
     python examples/tune.py --trials 100 --storage sqlite:///tune.db    # go on with it later
 
-A network learns a photograph (scikit-learn's `china.jpg`, 160x106 pixels) from 5 % of its pixels, as a function from
-position to colour. Its first layer sees waves of low, middle and high frequency, each band through weights of its own:
-that so few pixels fit every band is what makes it overfit. Each trial trains with other `decay_rules`, the score is the
-peak signal-to-noise ratio (PSNR) on another 5 % of the pixels, and trials that lag behind are pruned.
+The network of `photo.py` learns a photograph (scikit-learn's `china.jpg`, 160x106 pixels) from 5 % of its pixels. Each
+trial trains with other `decay_rules`, the score is the peak signal-to-noise ratio (PSNR) on another 5 % of the pixels,
+and trials that lag behind are pruned.
 
 A second study with as many trials tunes one λ for all weights. The best of both, and AdamW's own weight decay, are then
 trained anew with other seeds and scored on the remaining 90 % of the pixels: a table of them is printed. The trials of
@@ -17,113 +16,23 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
-import lightning as L
 import optuna
 import torch
 from optuna.trial import TrialState
 from optuna_integration import PyTorchLightningPruningCallback
-from sklearn.datasets import load_sample_image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.image import PeakSignalNoiseRatio
+from photo import GROUPS, lambdas, train
 
-from lightning_regdecay import WeightDecayMixin, groups_in_force
-
-GROUPS = ("low", "mid", "high", "head")
+PHOTO = "china.jpg"
 LAMBDAS = (1e-2, 1e2)  # the range of the search
 SEEDS = (0, 1)  # of the trainings that a trial is scored by
 NEW_SEEDS = (2, 3, 4, 5, 6)  # of the trainings that are scored on the test pixels
 
 Rules = dict[str, float]
-
-
-class Waves(nn.Linear):
-    """A linear layer over sines and cosines of random frequencies (https://arxiv.org/abs/2006.10739)."""
-
-    def __init__(self, frequency: float, count: int, out_features: int) -> None:
-        super().__init__(2 * count, out_features)
-        self.register_buffer("frequencies", frequency * torch.randn(2, count))
-
-    def forward(self, positions: Tensor) -> Tensor:
-        phases = 2 * math.pi * positions @ self.frequencies
-        return super().forward(torch.cat([phases.sin(), phases.cos()], dim=-1))
-
-
-class LitPhoto(WeightDecayMixin, L.LightningModule):
-    """Colour as a function of position; the rules are a hyperparameter like any other."""
-
-    def __init__(self, lr: float = 3e-3, width: int = 128, waves: int = 64, decay_rules: Any = None) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.low = Waves(2, waves, width)
-        self.mid = Waves(6, waves, width)
-        self.high = Waves(18, waves, width)
-        self.head = nn.Linear(width, 3)
-        self.val_psnr = PeakSignalNoiseRatio(data_range=1.0)
-        self.test_psnr = PeakSignalNoiseRatio(data_range=1.0)
-
-    def forward(self, positions: Tensor) -> Tensor:
-        return self.head((self.low(positions) + self.mid(positions) + self.high(positions)).relu())
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        positions, colours = batch
-        return nn.functional.mse_loss(self(positions), colours)
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        positions, colours = batch
-        self.val_psnr(self(positions), colours)
-        self.log("val_psnr", self.val_psnr)
-
-    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        positions, colours = batch
-        self.test_psnr(self(positions), colours)
-        self.log("test_psnr", self.test_psnr)
-
-
-def photo() -> tuple[DataLoader, DataLoader, DataLoader]:
-    """Loaders of 5 % of the pixels for training, 5 % for validation and 90 % for the test."""
-    image = torch.tensor(load_sample_image("china.jpg").copy()).permute(2, 0, 1) / 255
-    image = nn.functional.avg_pool2d(image, 4)
-    _, height, width = image.shape
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    positions = torch.stack([columns, rows], dim=-1).reshape(-1, 2) / width
-    colours = image.permute(1, 2, 0).reshape(-1, 3)
-    shuffled = torch.randperm(len(colours), generator=torch.Generator().manual_seed(0))
-    few = len(colours) // 20
-    train, val, test = (
-        TensorDataset(positions[i], colours[i]) for i in shuffled.split([few, few, len(colours) - 2 * few])
-    )
-    return (
-        DataLoader(train, batch_size=128, shuffle=True),
-        DataLoader(val, batch_size=4096),
-        DataLoader(test, batch_size=4096),
-    )
-
-
-def train(rules: Rules, seed: int, epochs: int, callbacks: Sequence[L.Callback] = ()) -> tuple[L.Trainer, LitPhoto]:
-    """Train once; `trainer.callback_metrics` holds the score."""
-    L.seed_everything(seed, verbose=False)
-    train_data, val_data, _ = photo()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        callbacks=list(callbacks),
-        num_sanity_val_steps=0,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    model = LitPhoto(decay_rules=rules)
-    trainer.fit(model, train_data, val_data)
-    return trainer, model
 
 
 def uniform(trial: optuna.trial.BaseTrial) -> Rules:
@@ -144,7 +53,7 @@ def objective(trial: optuna.Trial, rules: Rules, epochs: int) -> float:
     scores = []
     for seed in SEEDS:
         callbacks = [] if scores else [PyTorchLightningPruningCallback(trial, "val_psnr")]
-        trainer, _ = train(rules, seed, epochs, callbacks)
+        trainer, _, _ = train(PHOTO, rules, seed, epochs, logger=False, callbacks=callbacks)
         scores.append(trainer.callback_metrics["val_psnr"].item())
     return statistics.mean(scores)
 
@@ -177,15 +86,12 @@ def table_row(name: str, rules: Rules, epochs: int) -> str:
     """A row of the table: the λ that the optimizer held for each group, and the scores of the new seeds."""
     val_scores, test_scores = [], []
     for seed in NEW_SEEDS:
-        trainer, model = train(rules, seed, epochs)
+        trainer, model, test_data = train(PHOTO, rules, seed, epochs, logger=False)
         val_scores.append(trainer.callback_metrics["val_psnr"].item())
-        [result] = trainer.test(model, photo()[2], verbose=False)
+        [result] = trainer.test(model, test_data, verbose=False)
         test_scores.append(result["test_psnr"])
-    [optimizer] = trainer.optimizers
-    held = {key: group["weight_decay"] for group in groups_in_force(optimizer) for key in group["param_names"]}
-    lambdas = "".join(f"{held[f'{group}.weight']:>9.3g}" for group in GROUPS)
     scores = "".join(f"{statistics.mean(s):>12.2f} ± {statistics.stdev(s):.2f}" for s in (val_scores, test_scores))
-    return f"{name:<16}{lambdas}{scores}"
+    return f"{name:<16}{lambdas(trainer)}{scores}"
 
 
 def draw(uniform_study: optuna.Study, group_study: optuna.Study, path: str) -> None:

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import functools
-import json
 import logging
+import math
 import re
 import runpy
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import FSDP2_RUNS_ON_CPU, run_python
 from lightning_utilities.core import rank_zero
 
 import lightning_regdecay
+from lightning_regdecay.rules.forms import parse_rules
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+GUIDES = sorted((ROOT / "examples").glob("*.md"))
+PAGES = [README, *GUIDES, ROOT / "tests" / "benchmarks" / "README.md"]
+OF_RULES, OF_RESUMING, OF_TUNING, OF_THE_COMMAND_LINE = (
+    ROOT / "examples" / f"{name}.md" for name in ("rules", "resuming", "tuning", "command-line")
+)
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 class Log(logging.Handler):
@@ -39,62 +48,107 @@ class Log(logging.Handler):
 
 
 @pytest.fixture(scope="module")
-def namespace(tmp_path_factory):
-    """What the Python blocks of the README define, run in order as one program."""
+def programs(tmp_path_factory):
+    """What the Python blocks of each page define, run as one program; those of a guide go on from the README's."""
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
+    found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("readme"))
-        names: dict[str, object] = {}
-        log = Log()
-        rank_zero.log.addHandler(log)  # where Lightning logs what is for the user
-        for block in blocks("python"):
-            exec(block, names)
-        rank_zero.log.removeHandler(log)
-        return {**names, "log": log.lines}
+        for page in [README, *GUIDES]:
+            names = dict(found.get(README, {}))
+            log = Log()
+            rank_zero.log.addHandler(log)  # where Lightning logs what is for the user
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for block in blocks(page, "python"):
+                    exec(block, names)
+            rank_zero.log.removeHandler(log)
+            of_ours = [str(one.message) for one in caught if "lightning_regdecay" in one.filename]
+            found[page] = {**names, "log": log.lines, "warnings": of_ours}
+    return found
 
 
-def test_the_python_blocks_run(namespace):
-    assert namespace["monitor"].history
-    config = namespace["LitSGD"]().configure_optimizers()
-    assert config["lr_scheduler"]["interval"] == "step"
-    optimizer = namespace["LitChoice"]().configure_optimizers()
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.stem}")
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_readme_is_read_in_ten_minutes():
+    assert len(README.read_text().splitlines()) <= 260
+
+
+@pages
+def test_the_python_blocks_run(programs, page):
+    if page not in programs:
+        assert not blocks(page, "python")
+        return
+    names = programs[page]
+    assert names["monitor"].history
+    for name, value in names.items():
+        if isinstance(value, lightning_regdecay.WeightDecayMonitor):
+            assert all(math.isfinite(figure) for record in value.history for figure in record.values()), name
+    # What resuming says of a checkpoint without names is meant to be seen.
+    assert [line for line in names["warnings"] if "has no parameter names" not in line] == []
+
+
+def test_the_optimizers_that_are_built(programs):
+    names = programs[ROOT / "examples" / "optimizers.md"]
+    assert names["LitSGD"]().configure_optimizers()["lr_scheduler"]["interval"] == "step"
+    optimizer = programs[OF_THE_COMMAND_LINE]["LitChoice"]().configure_optimizers()
     assert [group["name"] for group in optimizer.param_groups] == ["bias", "norm", "head", "rest"]
 
 
-def test_the_printed_table_is_the_real_one(namespace):
-    assert blocks("text")[0].strip() == str(namespace["LitModel"]().decay_groups)
+def test_the_printed_table_is_the_real_one(programs):
+    assert blocks(README, "text")[0].strip() == str(programs[README]["LitModel"]().decay_groups)
 
 
-def test_the_sessions_show_what_really_happens(namespace):
-    sessions = blocks("pycon")
-    assert len(sessions) >= 3
-    names = dict(namespace)
-    for number, session in enumerate(sessions):
-        test = doctest.DocTestParser().get_doctest(session, names, f"README session {number}", "README.md", 0)
+@pages
+def test_the_sessions_show_what_really_happens(programs, page):
+    names = dict(programs.get(page, {}))
+    for number, session in enumerate(blocks(page, "pycon")):
+        test = doctest.DocTestParser().get_doctest(session, names, f"session {number}", page.name, 0)
         runner = doctest.DocTestRunner(verbose=False)
         runner.run(test, clear_globs=False)
         names.update(test.globs)
         assert runner.summarize(verbose=False).failed == 0
 
 
-def test_the_yaml_is_rules(namespace):
-    import yaml
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        ("rules", ["no_decay", "head", "rest"]),
+        ("schedules", ["bias", "head", "rest"]),
+        ("presets", ["head", "no_decay", "decay"]),
+    ],
+)
+def test_the_yaml_is_rules(programs, page, expected):
+    (block,) = blocks(ROOT / "examples" / f"{page}.md", "yaml")
+    rules = yaml.safe_load(block)["decay_rules"]
+    groups = lightning_regdecay.build_decay_groups(programs[README]["LitModel"](), rules)
+    assert groups.names == expected
 
-    all_rules = [config["decay_rules"] for config in map(yaml.safe_load, blocks("yaml")) if "decay_rules" in config]
-    model = namespace["LitModel"]()
-    groups = [[group.name for group in lightning_regdecay.build_decay_groups(model, rules)] for rules in all_rules]
-    assert groups == [["no_decay", "head", "rest"], ["bias", "head", "rest"], ["head", "no_decay", "decay"]]
+
+def test_the_cells_of_how_do_i_are_rules(programs):
+    cells = re.findall(r"`(?:decay_rules = )?(\{.*?\})`", README.read_text())
+    whole = [ast.literal_eval(cell) for cell in cells if "…" not in cell and ":" in cell]
+    assert len(whole) >= 4
+    for rules in whole:
+        assert parse_rules(rules)
 
 
-def test_resumed_runs_log_what_is_shown(namespace):
-    shown = [line for text in blocks("text") if "(checkpoint)" in text for line in text.splitlines()]
+def test_resumed_runs_log_what_is_shown(programs):
+    shown = [line for text in blocks(OF_RESUMING, "text") if "(checkpoint)" in text for line in text.splitlines()]
     assert len(shown) == 4
-    assert [line for line in namespace["log"] if line in shown] == shown
+    assert [line for line in programs[OF_RESUMING]["log"] if line in shown] == shown
 
 
-def test_the_schedule_goes_where_it_should(namespace):
-    strengths = namespace["strengths"]
+def test_the_schedule_goes_where_it_should(programs):
+    strengths = programs[ROOT / "examples" / "schedules.md"]["strengths"]
     assert strengths[0] == 0.04
     assert strengths[50] == pytest.approx(0.22)
     assert 0.399 < strengths[-1] < 0.4
@@ -102,14 +156,15 @@ def test_the_schedule_goes_where_it_should(namespace):
 
 def test_the_command_line(tmp_path):
     # The program, its configuration and its commands go by py, yml and sh; the blocks above are run in other ways.
-    (program,), (config,), (commands,) = blocks("py"), blocks("yml"), blocks("sh")
+    page = OF_THE_COMMAND_LINE
+    (program,), (config,), (commands,) = blocks(page, "py"), blocks(page, "yml"), blocks(page, "sh")
     (tmp_path / "train.py").write_text(program)
     (tmp_path / "config.yaml").write_text(config)
     groups, *fits = commands.splitlines()
     run = functools.partial(subprocess.run, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
     done = run(groups.replace("python", shlex.quote(sys.executable), 1))
-    assert done.stdout in blocks("text"), done.stderr
+    assert done.stdout in blocks(page, "text"), done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "train.py"]
 
     assert len(fits) == 2
@@ -123,26 +178,7 @@ def test_the_command_line(tmp_path):
 
 @pytest.mark.parametrize("name", lightning_regdecay.__all__)
 def test_every_public_name_is_shown(name):
-    assert re.search(rf"\b{name}\b", README)
-
-
-def test_the_example(tmp_path):
-    rules = {"*.bias": 0, "*norm*": 0, "*": "1e-1"}
-    output = run_python(
-        ROOT / "examples" / "digits.py",
-        "--epochs",
-        2,
-        "--decay-rules",
-        json.dumps(rules),
-        cwd=tmp_path,
-        timeout=120,
-        MPLBACKEND="Agg",
-    )
-    assert re.search(r"^rest +0.1 +\d+\.\d+ +\d+\.\d+$", output, flags=re.MULTILINE)
-    assert len(re.findall(r"^test accuracy with .*: +0\.\d+$", output, flags=re.MULTILINE)) == 2
-    assert (tmp_path / "decay.png").read_bytes().startswith(b"\x89PNG")
-    assert list(tmp_path.glob("logs/rules/version_0/events.out.tfevents.*"))
-    assert "decay/rest/l2_norm" in (tmp_path / "logs/rules-csv/version_0/metrics.csv").read_text()
+    assert re.search(rf"\b{name}\b", README.read_text())
 
 
 @pytest.mark.skipif(not FSDP2_RUNS_ON_CPU, reason="this torch does not run FSDP2 on CPUs")
@@ -155,21 +191,6 @@ def test_the_sharded_example(tmp_path):
         assert 0 < int(here.replace(",", "")) < int(whole.replace(",", ""))
         assert float(logged) == pytest.approx(float(truth), rel=1e-6)
         assert float(difference) <= 1e-6
-
-
-def test_the_example_takes_yaml_from_a_file(tmp_path):
-    (tmp_path / "rules.yaml").write_text("head.*: 1e-2\n'*': 0.1\n")
-    output = run_python(
-        ROOT / "examples" / "digits.py",
-        "--epochs",
-        1,
-        "--decay-rules",
-        "rules.yaml",
-        cwd=tmp_path,
-        timeout=120,
-        MPLBACKEND="Agg",
-    )
-    assert re.search(r"^head +0.01 ", output, flags=re.MULTILINE)
 
 
 def tuning_tables(output):
@@ -204,8 +225,8 @@ def test_the_tuning_example(tmp_path):
     assert tuning_tables(again) == (studies, rows)
 
 
-def test_the_tuning_table_in_the_readme_says_what_the_text_says():
-    [output] = [text for text in blocks("text") if "pruned" in text]
+def test_the_tuning_table_says_what_the_text_says():
+    [output] = [text for text in blocks(OF_TUNING, "text") if "pruned" in text]
     studies, rows = tuning_tables(output)
     assert all(int(pruned) > 0 for _, pruned, _ in studies)
     scores = {name: row[6] for name, row in rows.items()}
@@ -213,9 +234,10 @@ def test_the_tuning_table_in_the_readme_says_what_the_text_says():
 
 
 @pytest.mark.parametrize(("threshold", "state", "epochs"), [(1000, "PRUNED", [0]), (-1000, "COMPLETE", [0, 1, 2])])
-def test_the_tuning_example_prunes(threshold, state, epochs):
+def test_the_tuning_example_prunes(threshold, state, epochs, monkeypatch):
     optuna = pytest.importorskip("optuna")
     pytest.importorskip("optuna_integration")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     tune = runpy.run_path(str(ROOT / "examples" / "tune.py"))
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.ThresholdPruner(lower=threshold))
     study.optimize(lambda trial: tune["objective"](trial, tune["per_group"](trial), 3), n_trials=1)

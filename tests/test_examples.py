@@ -1,0 +1,86 @@
+"""The examples that train do what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+from helpers import run_python
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def photo(cwd, *options):
+    """What examples/photo.py printed, and the rows of its table by name."""
+    output = run_python(EXAMPLES / "photo.py", *options, cwd=cwd, timeout=240, MPLBACKEND="Agg")
+    row = r"^(\S.*?)" + r" +([\d.e+-]+)" * 4 + r" +(\S+) ± (\S+)$"
+    rows = {name: [*map(float, numbers)] for name, *numbers in re.findall(row, output, re.MULTILINE)}
+    return output, rows
+
+
+def test_the_photo_example(tmp_path):
+    output, rows = photo(tmp_path, "--epochs", 2)
+    assert list(rows) == ["AdamW's own", "one λ for all", "a λ per group"]
+    assert [row[:4] for row in rows.values()] == [[0.01] * 4, [6.46] * 4, [0.0151, 81.3, 87.4, 0.208]]
+    for *_, score, spread in rows.values():
+        assert 10 < score < 25
+        assert 0 < spread < 3
+    assert "\nsaved decay.png; logs are in logs/, as CSV and for `tensorboard --logdir logs`\n" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decay.png", "logs"]
+    assert (tmp_path / "decay.png").read_bytes().startswith(b"\x89PNG")
+    folders = {"adamw", "uniform", "per-group"}
+    assert {path.name for path in tmp_path.glob("logs/*")} == folders | {f"{name}-csv" for name in folders}
+    runs = {path.parent.name for path in tmp_path.glob("logs/per-group/version_*/events.out.tfevents.*")}
+    assert runs == {"version_0", "version_1", "version_2"}
+    logged = (tmp_path / "logs/per-group-csv/version_0/metrics.csv").read_text().partition("\n")[0].split(",")
+    assert {"train_loss", "val_psnr", "test_psnr", "decay/mid/l2_norm", "decay/total/penalty"} <= {*logged}
+
+
+def test_the_photo_example_takes_rules(tmp_path):
+    rules = {"*.bias": 0, "high.*": "3e1", "*": 0.1}
+    output, rows = photo(tmp_path, "--epochs", 2, "--decay-rules", json.dumps(rules), "--picture", "mine.png")
+    assert list(rows)[-1] == "your rules"
+    assert rows["your rules"][:4] == [0.1, 0.1, 30, 0.1]
+    assert "saved mine.png" in output
+    assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
+    assert "decay/high/l2_norm" in (tmp_path / "logs/yours-csv/version_0/metrics.csv").read_text()
+
+
+def test_the_photo_example_takes_yaml_from_a_file(tmp_path):
+    (tmp_path / "rules.yaml").write_text("head.*: 1e-2\n'*': 0.5\n")
+    _, rows = photo(tmp_path, "--epochs", 1, "--decay-rules", "rules.yaml")
+    assert rows["your rules"][:4] == [0.5, 0.5, 0.5, 0.01]
+
+
+def test_the_rules_of_the_photo_example_are_those_that_tuning_found():
+    rules = runpy.run_path(str(EXAMPLES / "photo.py"))["RULES"]
+    table = (EXAMPLES / "tuning.md").read_text()
+    found = {
+        name: [float(number) for number in re.search(rf"^{name}((?: +[\d.]+){{4}}) ", table, re.MULTILINE)[1].split()]
+        for name in ("one λ for all", "one λ per group")
+    }
+    assert rules["one λ for all"] == {"*.bias": 0, "*": found["one λ for all"][0]}
+    assert [*rules["a λ per group"].values()] == [0, *found["one λ per group"]]
+
+
+def test_the_photo_example_is_scored_on_other_pixels_than_it_is_trained_on():
+    example = runpy.run_path(str(EXAMPLES / "photo.py"))
+    positions, colours = example["pixels"]("flower.jpg")
+    assert positions.shape == (106 * 160, 2)
+    assert colours.shape == (106 * 160, 3)
+    parts = [{*example[part].tolist()} for part in ("TRAIN", "VAL", "TEST")]
+    assert set.union(*parts) == {*range(106 * 160)}
+    assert sum(map(len, parts)) == 106 * 160
+
+
+def test_the_digits_example(tmp_path):
+    rules = {"*.bias": 0, "*norm*": 0, "*": "1e-1"}
+    options = ("--epochs", 2, "--decay-rules", json.dumps(rules))
+    output = run_python(EXAMPLES / "digits.py", *options, cwd=tmp_path, timeout=120, MPLBACKEND="Agg")
+    assert re.search(r"^rest +0.1 +\d+\.\d+ +\d+\.\d+$", output, flags=re.MULTILINE)
+    assert len(re.findall(r"^test accuracy: 0\.\d+$", output, flags=re.MULTILINE)) == 1
+    assert (tmp_path / "decay.png").read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.glob("logs/digits/version_0/events.out.tfevents.*"))
+    assert "decay/rest/l2_norm" in (tmp_path / "logs/digits-csv/version_0/metrics.csv").read_text()
