@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_regdecay.figures.norms import GroupL2Norm, is_measurable
 from lightning_regdecay.groups.groups import TABLE_HEADER, table_row, total_row
@@ -19,7 +19,7 @@ from lightning_regdecay.groups.parameters import model_parameters
 from lightning_regdecay.groups.shards import remember_flattened
 from lightning_regdecay.groups.tables import Table, preformatted
 from lightning_regdecay.optim.in_force import in_force, refresh
-from lightning_regdecay.retrofit import OF_THE_MODEL, let_go_of_model
+from lightning_regdecay.retrofit import OF_THE_MODEL, AnyCallback, let_go_of_model
 from lightning_regdecay.rules.names import safe_name, unique_name
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _METRICS = ("l2_norm", "penalty", "weight_decay")
 _LINEAR_SPAN = 20  # largest over smallest value that a linear axis still shows apart
 
 
-class WeightDecayMonitor(Callback):
+class WeightDecayMonitor(AnyCallback):
     """Log the L2 norm, the effective penalty and the weight decay of every param group.
 
     The keys are ``<prefix>/<group>/l2_norm``, ``…/penalty``, ``…/weight_decay`` and ``<prefix>/total/penalty``. The

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,7 +27,21 @@ OF_THE_MODEL = ("log", "log_dict")
 """Methods of the model that Lightning (2.5 to 2.6) puts on every callback."""
 
 
-class RulesForAFit(Callback):
+def _callback_of_both_roots() -> type[Callback]:
+    """``Callback``; where an older ``pytorch_lightning`` is loaded, also its own, as its Trainer takes no others."""
+    other: Any = sys.modules.get("pytorch_lightning")
+    if other is None or not str(getattr(other, "__version__", "")).startswith("2.5."):
+        return Callback
+    return type("Callback", (Callback, other.Callback), {})
+
+
+if TYPE_CHECKING:
+    AnyCallback = Callback
+else:
+    AnyCallback = _callback_of_both_roots()
+
+
+class RulesForAFit(AnyCallback):
     """Puts decay rules in force when a fit starts, sees that they stay, and leaves all as it was at the end.
 
     Comes first among the callbacks, as others train in ``on_fit_start`` (the learning rate finder) or replace param

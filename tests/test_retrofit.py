@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import types
 import warnings
 
 import lightning as L
@@ -32,6 +34,7 @@ from lightning_regdecay import (
     groups_in_force,
     schedule_weight_decay,
 )
+from lightning_regdecay.retrofit import _callback_of_both_roots
 
 schedulers = torch.optim.lr_scheduler
 SAME = {"*.bias": 0.1, "*norm*": 0.1, "*": 0.1}  # what SGD has below, in three groups
@@ -1029,3 +1032,13 @@ def test_a_published_model_trains_as_without_rules_of_other_strengths():
     theirs = fit(forecasting.NBeats)
     for model in (fit(with_mixin(forecasting.NBeats, rules)), fit(forecasting.NBeats, WeightDecayRules(rules))):
         assert all(map(torch.equal, model.parameters(), theirs.parameters()))
+
+
+def test_callbacks_are_of_an_older_pytorch_lightning_too(monkeypatch):
+    theirs = type("Callback", (), {})
+    older = types.SimpleNamespace(__version__="2.5.2", Callback=theirs)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", older)
+    assert issubclass(_callback_of_both_roots(), theirs)
+    assert issubclass(_callback_of_both_roots(), L.Callback)
+    older.__version__ = "2.6.0"
+    assert _callback_of_both_roots() is L.Callback
