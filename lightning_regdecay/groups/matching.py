@@ -166,6 +166,10 @@ def _depthwise_test() -> _Test:
     return test
 
 
+def _marked_test() -> _Test:
+    return lambda place: getattr(place.parameter, "_no_weight_decay", False)
+
+
 def _no_weight_decay_test() -> _Test:
     names_match = functools.cache(_listed_names)
     return lambda place: place.lister is not None and names_match(place.lister[0])(_listed_name(place))
@@ -199,6 +203,7 @@ def _asked(lister: nn.Module, method: str) -> list[str]:
 
 _NAMED_TESTS: dict[str, Callable[[], _Test]] = {
     "depthwise": _depthwise_test,
+    "marked": _marked_test,
     "no_weight_decay": _no_weight_decay_test,
     "no_weight_decay_keywords": _no_weight_decay_keywords_test,
 }

@@ -16,7 +16,7 @@ from lightning_regdecay.rules.schedules import STRENGTH_KEYS, DecaySchedule
 
 _SET_BY_THE_RULE = {"params", "param_names", "name", *STRENGTH_KEYS}
 SELECTORS = {"params", "modules", "min_ndim", "max_ndim", "where"}
-NAMED_TESTS = ("depthwise", "no_weight_decay", "no_weight_decay_keywords")
+NAMED_TESTS = ("depthwise", "marked", "no_weight_decay", "no_weight_decay_keywords")
 """What ``where`` may be by name, so that text can hold it."""
 RESERVED_GROUPS = {"total"}  # `<prefix>/total/penalty` is the sum over all groups
 
@@ -40,6 +40,7 @@ class DecayRule:
         max_ndim: the largest number of dimensions, likewise.
         where: any other test, ``where(name, parameter, module) -> bool``; in code only, as text cannot hold it. Some
             tests go by name: ``"depthwise"`` for what a convolution with as many groups as input channels owns,
+            ``"marked"`` for parameters that the model has marked (``parameter._no_weight_decay = True``, as Mamba, S4),
             ``"no_weight_decay"`` and ``"no_weight_decay_keywords"`` for what the model itself lists, by its methods of
             these names (see :func:`~lightning_regdecay.rules.presets.timm_rules`).
         group: the name of the group. Rules that share it and agree on strength and options form one group.

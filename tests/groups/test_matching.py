@@ -54,6 +54,15 @@ class TestSelectors:
         assert taken(model, params="?.weight") == ["1.weight"]
         assert taken(model, params="0.[34].bias") == ["0.3.bias", "0.4.bias"]
 
+    def test_parameters_that_the_model_has_marked(self):
+        model = nn.Linear(2, 2)
+        model.weight._no_weight_decay = True
+        assert taken(model, where="marked") == ["weight"]
+        assert build_decay_groups(model, {"marked": {"where": "marked", "weight_decay": 0}, "*": 0.1}).names == [
+            "marked",
+            "rest",
+        ]
+
     def test_case_counts(self):
         model = nn.ModuleDict({"Norm": nn.Linear(1, 1), "norm": nn.Linear(1, 1)})
         assert taken(model, params="Norm.*") == ["Norm.weight", "Norm.bias"]
