@@ -84,3 +84,12 @@ def test_the_digits_example(tmp_path):
     assert (tmp_path / "decay.png").read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.glob("logs/digits/version_0/events.out.tfevents.*"))
     assert "decay/rest/l2_norm" in (tmp_path / "logs/digits-csv/version_0/metrics.csv").read_text()
+
+
+def test_the_example_without_lightning(tmp_path):
+    output = run_python(EXAMPLES / "plain_pytorch.py", cwd=tmp_path, timeout=120)
+    assert re.search(r"^rest +\* +2 +4,736 +0\.29\d+ ", output, flags=re.MULTILINE)  # λ came to its end, in two parts
+    assert re.search(r"^bias +\*\.bias +3 +138 +0 ", output, flags=re.MULTILINE)
+    assert "param groups of the optimizer: 1\n" in output
+    assert float(output.split()[-1]) > 0.9
+    assert not list(tmp_path.iterdir())

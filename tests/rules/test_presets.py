@@ -457,7 +457,11 @@ class TestByName:
             ({"preset": "mmengine", "norm": "x"}, ValueError, "preset 'mmengine': weight_decay must be a number, got"),
             ({"*": {"preset": "timm"}}, TypeError, r"rule '\*': a preset has groups of its own; write it as an entry"),
             ({"*": {"weight_decay": 1, "optional": 1}}, TypeError, "optional must be True or False, got 1"),
-            ({"*": {"weight_decay": 1, "where": "deptwise"}}, TypeError, "got the text 'deptwise': .* depthwise, marked, no_"),
+            (
+                {"*": {"weight_decay": 1, "where": "deptwise"}},
+                TypeError,
+                "'deptwise': .* depthwise, marked, no_",
+            ),
         ],
     )
     def test_mistakes(self, rules, error, message):
