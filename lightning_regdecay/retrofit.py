@@ -128,6 +128,8 @@ class RulesForAFit(AnyCallback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put the rules in force in optimizers that took the place of others."""
         self._put_in_force(trainer)
+        for witness in self._witnesses:
+            witness.begin_batch(is_alone=pl_module.automatic_optimization)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Stop where an optimizer was put in place inside a batch, whose step is under way."""
@@ -149,7 +151,7 @@ class RulesForAFit(AnyCallback):
         is_step = trainer.global_step != self._steps_seen
         self._steps_seen = trainer.global_step
         for witness in self._witnesses:
-            if witness.is_passed_by(is_step, is_alone=pl_module.automatic_optimization):
+            if witness.is_passed_by(is_step):
                 self._refuse(trainer, witness.room)
         stray = None if self._strays is None else self._strays.trained()
         if stray is not None:

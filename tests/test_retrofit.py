@@ -452,6 +452,25 @@ class TestStrays:
         with pytest.warns(UserWarning, match=r"'teacher.weight', 'teacher.bias' are trainable, but in no optimizer"):
             trainer(max_epochs=2, callbacks=[WeightDecayRules({"*.bias": 0.0, "*": 0.3})]).fit(Averaged())
 
+    def test_steps_that_are_skipped_while_weights_are_clipped_between_batches(self):
+        class Skipping(LitBase):
+            def configure_optimizers(self):
+                return sgd(self.parameters())
+
+            def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+                if batch_idx % 2:
+                    optimizer_closure()
+                else:
+                    optimizer.step(optimizer_closure)
+
+            def on_train_batch_end(self, outputs, batch, batch_idx):
+                with torch.no_grad():
+                    for parameter in self.parameters():
+                        parameter.clamp_(-1, 1)
+
+        _, run = fit_with("callback", Skipping, {"*.bias": 0.0, "*": 0.3}, max_epochs=4)
+        assert run.global_step == 16
+
 
 class TestOnce:
     """Fitting often, and what is left when a fit has ended or failed."""

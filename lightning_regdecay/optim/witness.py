@@ -28,22 +28,34 @@ class Witness:
         self._start = self._version()
         self._last: int | None = self._start
         self._misses = 0
+        self._is_alone = False
 
     @property
     def has_stepped(self) -> bool:
         """Whether a step of the run went through the room."""
         return self.room.steps_done != self._first
 
-    def is_passed_by(self, is_step: bool, is_alone: bool) -> bool:
+    def begin_batch(self, is_alone: bool) -> None:
+        """Note how the parameters are before a batch.
+
+        Args:
+            is_alone: whether the steps that the run counts can only be of this room. What changes the parameters in a
+                batch is then a step: averages are put in place, and weights clipped, between batches.
+        """
+        self._is_alone = is_alone
+        if is_alone:
+            self._last = self._version()
+
+    def is_passed_by(self, is_step: bool) -> bool:
         """Whether steps are made past the room; to be asked after each batch.
 
         Args:
             is_step: whether the run counts a step in this batch. That alone is no proof: it may have been skipped.
-            is_alone: whether the steps that the run counts can only be of this room.
         """
         if self.room.steps_done != self._steps:
-            self._steps, self._last = self.room.steps_done, self._version() if is_alone else None
-            self._misses = self._misses if is_alone else 0
+            self._steps = self.room.steps_done
+            if not self._is_alone:
+                self._last, self._misses = None, 0
             return False
         before, self._last = self._last, self._version()
         if is_step and before is not None and self._last != before:
