@@ -104,7 +104,7 @@ class WeightDecayMixin(_Base):
         theirs = _configuration_of_a_base(self)
         if theirs is None:
             return configure_own(self, self.build_optimizer, self.build_lr_scheduler)
-        if _rules_of(self) is None and _has_callback_with_rules(self):
+        if _rules_of(self) is None and _has_callback_with_rules(getattr(self, "_trainer", None)):
             return theirs()
         groups = _groups_of(self)
         config = theirs()
@@ -200,8 +200,7 @@ class _RulesOfModule(RulesForAFit):
         module = self._module()
         if module is None or _rules_of(module) is None:
             return None
-        callbacks = [c for c in trainer.callbacks if isinstance(c, RulesForAFit) and not isinstance(c, _RulesOfModule)]
-        if module is not trainer.lightning_module and callbacks:
+        if module is not trainer.lightning_module and _has_callback_with_rules(trainer):
             return None
         for other in trainer.lightning_module.modules():
             if other is module:
@@ -322,8 +321,9 @@ def _bringing_the_rules(trainer: property) -> Callable[[Any, Any], None]:
     return attach
 
 
-def _has_callback_with_rules(module: Any) -> bool:
-    callbacks = getattr(getattr(module, "_trainer", None), "callbacks", [])
+def _has_callback_with_rules(trainer: Any) -> bool:
+    """Whether a Trainer, should there be one, has a callback of the user's that brings rules."""
+    callbacks = getattr(trainer, "callbacks", [])
     return any(isinstance(one, RulesForAFit) and not isinstance(one, _RulesOfModule) for one in callbacks)
 
 

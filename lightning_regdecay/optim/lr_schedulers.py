@@ -36,13 +36,14 @@ class CarriedGroups:
         """How many param groups the checkpoint has."""
         self._followed: list[tuple[weakref.ref[Any], Any]] = []
         """Each lr scheduler that has followed, with the state that it did so with."""
-        self._is_due: list[weakref.ref[Any]] = []
-        """Those that have loaded a state since the optimizer has."""
+        self._since: list[weakref.ref[Any]] = []
+        """Those that have followed since the optimizer has loaded its state."""
         self._early: dict[int, Callable[[], None]] = {}
+        """What loads the states again that were loaded before that."""
 
     def take(self, sources: list[int | None], saved_count: int) -> None:
         """Note how the groups of an optimizer's state go on; lr schedulers that were loaded before it follow."""
-        self.sources, self.saved_count, self._is_due = sources, saved_count, []
+        self.sources, self.saved_count, self._since = sources, saved_count, []
         early, self._early = self._early, {}
         for load in early.values():
             load()
@@ -62,18 +63,18 @@ class CarriedGroups:
             return False
         if any(reference() is scheduler and _equal(state, known) for reference, known in self._followed):
             return True
-        if any(reference() is scheduler for reference in self._is_due):
+        if any(reference() is scheduler for reference in self._since):
             return False
-        self.follows(scheduler, state)
+        self.note(scheduler, state)
         return True
 
-    def follows(self, scheduler: Any, state: Any) -> None:
+    def note(self, scheduler: Any, state: Any) -> None:
         """Note that an lr scheduler loads a state of the checkpoint's groups."""
-        self._is_due.append(weakref.ref(scheduler))
+        self._since.append(weakref.ref(scheduler))
         self._followed = [entry for entry in self._followed if entry[0]() not in (None, scheduler)]
         self._followed.append((weakref.ref(scheduler), copy.deepcopy(state)))
 
-    def is_early(self, scheduler: Any, load: Callable[[], None]) -> None:
+    def note_early(self, scheduler: Any, load: Callable[[], None]) -> None:
         """Note that an lr scheduler has loaded its state before the optimizer.
 
         Args:
@@ -138,10 +139,10 @@ def _load_regrouped(scheduler: Any, carried: CarriedGroups, state_dict: Any, *ar
         def again() -> None:
             scheduler = reference()
             if scheduler is not None and _steps(scheduler) == steps:  # not where it has gone on since
-                carried.follows(scheduler, state_dict)
+                carried.note(scheduler, state_dict)
                 _load_of_class(scheduler, carried, state_dict, args, kwargs)
 
-        carried.is_early(scheduler, again)
+        carried.note_early(scheduler, again)
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -20,13 +21,13 @@ class Seen:
 
     def __init__(self, group: Group) -> None:
         self.values = {key: _as_it_is(key, value) for key, value in group.items()}
-        self._versions = {key: _version(value) for key, value in group.items() if isinstance(value, Tensor)}
+        self._versions = {key: version_of([value]) for key, value in group.items() if isinstance(value, Tensor)}
 
     def note(self, group: Group, key: str) -> None:
         """Take the value of one key as seen."""
         self.values[key] = _as_it_is(key, group[key])
         if isinstance(group[key], Tensor):
-            self._versions[key] = _version(group[key])
+            self._versions[key] = version_of([group[key]])
 
     def changes(self, group: Group) -> Changes:
         """The keys that were set since, and those that are gone, in their order.
@@ -44,7 +45,7 @@ class Seen:
         if key not in self.values:
             return True
         if key in self._versions:
-            return value is not self.values[key] or _version(value) != self._versions[key]
+            return value is not self.values[key] or version_of([value]) != self._versions[key]
         return value is not self.values[key] and not (is_mutable(value) and _are_equal(value, self.values[key]))
 
 
@@ -76,5 +77,6 @@ def _are_equal(a: Any, b: Any) -> bool:
         return False
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def version_of(tensors: Iterable[Tensor]) -> int:
+    """A number that changes when one of some tensors is filled in place; of inference tensors nothing is known."""
+    return sum(0 if tensor.is_inference() else tensor._version for tensor in tensors)

@@ -25,7 +25,7 @@ from lightning_regdecay.optim.frames import (
 )
 from lightning_regdecay.optim.holders import shared_lists
 from lightning_regdecay.optim.parting import Parting
-from lightning_regdecay.optim.seen import Group
+from lightning_regdecay.optim.seen import Group, version_of
 from lightning_regdecay.rules.schedules import STEP_KEY
 
 _LONGEST_STEP, _TICK = 60.0, 1e-3  # in seconds
@@ -361,15 +361,14 @@ class Stepping:
         done = step.done
         if not done and step.version != self._version(optimizer):  # a wrapper that has moved the weights by itself
             done = [optimizer]
-        groups = {id(group): group for one in done for group in one.param_groups if STEP_KEY in group}
+        groups = {id(group): group for one in done for group in one.param_groups}
         return self.room.parting.counts(g for key, g in groups.items() if step.begun is None or key in step.begun)
 
     def _version(self, optimizer: Any) -> int | None:
         """A number that changes with the parameters, for an optimizer that leaves the step to others."""
         if self.room.is_leaf(optimizer):
             return None
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        return sum(0 if p.is_inference() else p._version for p in params)
+        return version_of(parameter for group in optimizer.param_groups for parameter in group["params"])
 
     def _begun(self, optimizer: Any) -> set[int]:
         """The param groups, by id, of which a call of DeepSpeed's (0.19) is the first one of a step.

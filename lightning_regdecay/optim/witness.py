@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_regdecay.groups.places import Places
+from lightning_regdecay.optim.seen import version_of
 from lightning_regdecay.optim.step_room import StepRoom
 
 _MOST_MISSES = 2
@@ -71,7 +72,7 @@ class Witness:
 
     def _version(self) -> int:
         """A number that changes with the parameters."""
-        return _version(parameter for group in self.room.groups for parameter in group["params"])
+        return version_of(parameter for group in self.room.groups for parameter in group["params"])
 
 
 class StrayWitness:
@@ -85,12 +86,14 @@ class StrayWitness:
 
     def __init__(self, module: nn.Module, rooms: Iterable[StepRoom], optimizers: Iterable[Any]) -> None:
         held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        loose = {id(p) for p in module.parameters() if p.requires_grad} - held
         places = next((p for room in rooms if (p := _places_of(room, module)) is not None), None)
-        strays = [] if places is None else places.find().values()
+        # Most models have none, so that nobody has to look for the places of all parameters.
+        found = places.find() if loose and places is not None else {}
         self._strays = [
-            (weakref.ref(found.parameter), found.name)
-            for found in strays
-            if found.parameter.requires_grad and found.place.rule is not None and id(found.parameter) not in held
+            (weakref.ref(one.parameter), one.name)
+            for key, one in found.items()
+            if key in loose and one.place.rule is not None
         ]
         self._last = self._versions()
 
@@ -108,13 +111,8 @@ class StrayWitness:
 
     def _versions(self) -> dict[str, int]:
         params = [(name, reference()) for reference, name in self._strays]
-        return {name: 0 if parameter is None else _version([parameter]) for name, parameter in params}
+        return {name: 0 if parameter is None else version_of([parameter]) for name, parameter in params}
 
 
 def _places_of(room: StepRoom, module: nn.Module) -> Places | None:
     return next((layer.places for layer in room.parting.layers if layer.places.module() is module), None)
-
-
-def _version(params: Iterable[Any]) -> int:
-    """A number that changes with parameters."""
-    return sum(0 if parameter.is_inference() else parameter._version for parameter in params)
