@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, SupportsIndex, overload
 
 from lightning.fabric.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names, problem_of
 from lightning_regdecay.groups.parameters import ModelParameter, class_of, model_parameters
@@ -18,6 +18,7 @@ from lightning_regdecay.groups.tables import Lines, Table, Tabular
 from lightning_regdecay.rules.forms import DecayRules, parse_rules
 from lightning_regdecay.rules.names import hint, unique_name
 from lightning_regdecay.rules.rules import DecayRule, classes_of, patterns_of
+from lightning_regdecay.rules.scalars import nonnegative_number
 from lightning_regdecay.rules.schedules import DecaySchedule, scheduled_param_group
 
 NAMES_KEY = "decay_params"
@@ -73,7 +74,8 @@ class DecayGroup:
                 a rule has no ``weight_decay`` here, so that the optimizer fills in its own.
 
         Raises:
-            ValueError: for a rule with ``decay_mult``, where ``weight_decay`` is not given; for parameters on the meta
+            TypeError: for a weight decay that is no number.
+            ValueError: for one below 0, or not given where a rule has ``decay_mult``; for parameters on the meta
                 device, or in whose place the model has others by now.
 
         >>> groups = build_decay_groups(nn.Linear(2, 1), {"bias": 0.0})
@@ -83,6 +85,8 @@ class DecayGroup:
         if any(parameter.is_meta for parameter in self.params.values()):
             raise ValueError(ON_META.format(group=self.name))
         _refuse_stale([self], self.model())
+        if not isinstance(weight_decay, Tensor):
+            weight_decay = nonnegative_number("weight_decay", weight_decay)
         group = self.as_param_group_of_own_strength()
         if self.rule is not None and self.rule.decay_mult is not None:
             if weight_decay is None:

@@ -36,6 +36,17 @@ def is_optimizer(value: Any) -> bool:
         return False
 
 
+def check_is_optimizer(value: Any) -> None:
+    """Raise for what is no optimizer.
+
+    Raises:
+        TypeError: which says what it is.
+    """
+    if isinstance(value, type) or not is_optimizer(unwrapped(value)):
+        what = value.__name__ if isinstance(value, type) else f"an object of type {type(value).__name__}"
+        raise TypeError(f"optimizer must be an optimizer, with a step() and a list param_groups, got {what}")
+
+
 def steps_itself(optimizer: Any) -> bool:
     """Whether an optimizer has a ``step`` of its own; one that only passes all on to another has not."""
     return callable(getattr(type(optimizer), "step", None))

@@ -14,7 +14,7 @@ from lightning_regdecay.groups.parameters import without_wrappers
 from lightning_regdecay.groups.places import Places
 from lightning_regdecay.optim.checks import check_family, check_room, warn_of_strays
 from lightning_regdecay.optim.decoupling import check_timescale
-from lightning_regdecay.optim.holders import families, innermost, is_optimizer, unwrapped, with_held
+from lightning_regdecay.optim.holders import check_is_optimizer, families, innermost, unwrapped, with_held
 from lightning_regdecay.optim.layers import Layer, is_own
 from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.registry import Registry
@@ -135,11 +135,15 @@ def groups_in_force(optimizer: Any) -> list[dict[str, Any]]:
         ``param_names``; the list prints as a table. To be read: who sets something sets it in
         ``optimizer.param_groups``.
 
+    Raises:
+        TypeError: for what is no optimizer.
+
     >>> import torch
     >>> optimizer = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
     >>> [sorted(group)[-1] for group in groups_in_force(optimizer)]
     ['weight_decay']
     """
+    check_is_optimizer(optimizer)
     return ParamGroupsInForce(in_force(optimizer))
 
 
@@ -347,9 +351,7 @@ def _new_room(family: list[Any]) -> StepRoom:
 
 
 def _check_optimizer(optimizer: Any) -> None:
-    if isinstance(optimizer, type) or not is_optimizer(unwrapped(optimizer)):
-        what = optimizer.__name__ if isinstance(optimizer, type) else f"an object of type {type(optimizer).__name__}"
-        raise TypeError(f"optimizer must be an optimizer, with a step() and a list param_groups, got {what}")
+    check_is_optimizer(optimizer)
     for one in with_held(optimizer):
         if not hasattr(one, "__dict__") or not hasattr(one, "__weakref__"):
             raise TypeError(

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_regdecay.groups.parameters import ModelParameter, model_parameters
-from lightning_regdecay.optim.holders import unwrapped, with_held
+from lightning_regdecay.optim.holders import check_is_optimizer, unwrapped, with_held
 from lightning_regdecay.optim.lr_schedulers import CarriedGroups, carry_lr_scheduler, set_on_instance, with_inner
 from lightning_regdecay.optim.saved_options import (
     NOT_CARRIED,
@@ -65,7 +65,7 @@ def resume_by_name(
             ``get_optimizer_state_dict``, ``load`` and ``set_optimizer_state_dict``, as for sharded parameters).
 
     Raises:
-        TypeError: for an optimizer that takes no hooks.
+        TypeError: for what is no optimizer, model or lr scheduler, and an optimizer that takes no hooks.
         ValueError: later, when a state is loaded and before anything is changed, for a state that cannot be carried
             over: that of another optimizer, one without names that fits the model in no way or in several, or one where
             a group joins parameters that had different options.
@@ -82,9 +82,16 @@ def resume_by_name(
     >>> [group["weight_decay"] for group in today.param_groups]
     [0.0, 0.5]
     """
+    check_is_optimizer(optimizer)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     optimizer = unwrapped(optimizer)
     every = lr_scheduler if isinstance(lr_scheduler, (list, tuple)) else [lr_scheduler]
     before = [scheduler for carrier in _carriers_of(optimizer) for scheduler in carrier.lr_schedulers()]
+    for scheduler in every:
+        if scheduler is not None and not callable(getattr(scheduler, "load_state_dict", None)):
+            kind = type(scheduler).__name__
+            raise TypeError(f"lr_scheduler must be an lr scheduler, or a list of them, got an object of type {kind}")
     given = [weakref.ref(scheduler) for scheduler in [*before, *every] if scheduler is not None]
     carry_over_by_name(optimizer, model, lambda: [ref() for ref in given], lambda: checkpoint, lambda: 0)
 

@@ -158,6 +158,19 @@ class TestParamGroups:
         optimizer = torch.optim.AdamW([head, default], weight_decay=0.7)
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.7]
 
+    @pytest.mark.parametrize(
+        ("value", "error", "message"),
+        [
+            ("x", ValueError, "weight_decay must be a number, got the text 'x'"),
+            (-0.1, ValueError, "weight_decay must be a finite number of at least 0, got -0.1"),
+            ([0.1], TypeError, r"weight_decay must be a number, got \[0.1\] of type list"),
+        ],
+    )
+    def test_a_wrong_weight_decay_is_an_error(self, value, error, message):
+        groups = build_decay_groups(Net(), {"*": {"decay_mult": 0.5}})
+        with pytest.raises(error, match=message):
+            groups.as_param_groups(value)
+
     def test_a_multiple_needs_the_optimizers_own(self):
         (group,) = build_decay_groups(Net(), {"*": {"decay_mult": 0.5}})
         assert group.as_param_group(weight_decay=0.2)["weight_decay"] == 0.1

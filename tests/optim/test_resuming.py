@@ -964,6 +964,19 @@ class TestCheckpointsWithoutNames:
 
 
 class TestPlainPytorch:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((None, nn.Linear(1, 1)), "optimizer must be an optimizer, .* got an object of type NoneType"),
+            ((torch.optim.SGD([torch.ones(1)]), None), "model must be a torch.nn.Module, got NoneType"),
+            ((torch.optim.SGD([torch.ones(1)]), nn.Linear(1, 1), "x"), "lr_scheduler must be an lr scheduler, .* str"),
+        ],
+    )
+    def test_arguments_of_another_kind(self, arguments, message):
+        optimizer, model, *lr_scheduler = arguments
+        with pytest.raises(TypeError, match=message):
+            resume_by_name(optimizer, model, lr_scheduler=lr_scheduler)
+
     def test_a_scheduler_needs_the_optimizer_first(self):
         first = Run(TWO_GROUPS, scheduler=SCHEDULERS["StepLR"]).train(2)
         second = Run({"*": 0.1}, scheduler=SCHEDULERS["StepLR"])

@@ -686,6 +686,19 @@ def test_options_other_than_the_strength_are_refused(option):
     assert vars(optimizer) == before
 
 
+@pytest.mark.parametrize("value", [None, nn.Linear(1, 1), [], torch.optim.SGD])
+@pytest.mark.parametrize(
+    "call",
+    [lambda value: apply_decay_rules(value, nn.Linear(1, 1), {"*": 0.1}), schedule_weight_decay, groups_in_force],
+    ids=["apply_decay_rules", "schedule_weight_decay", "groups_in_force"],
+)
+def test_what_is_no_optimizer(call, value):
+    with pytest.raises(
+        TypeError, match=r"optimizer must be an optimizer, with a step\(\) and a list param_groups, got"
+    ):
+        call(value)
+
+
 class SAM(torch.optim.Optimizer):
     """As published: shares the groups of the optimizer inside."""
 
