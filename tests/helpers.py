@@ -74,6 +74,18 @@ class LitBase(L.LightningModule):
         return digits_loader()
 
 
+class LitWithBackbone(LitBase):
+    """With a backbone, as Lightning's finetuning callbacks want it; the optimizer is up to subclasses."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(self.body, nn.BatchNorm1d(16))
+        del self.body
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.head(self.norm(self.backbone(batch[0])).relu()), batch[1])
+
+
 class LitRules(WeightDecayMixin, LitBase):
     """With rules from the class."""
 
@@ -86,6 +98,44 @@ class LitHparams(WeightDecayMixin, LitBase):
     def __init__(self, lr: float = 1e-3, decay_rules: Any = None) -> None:
         super().__init__()
         self.save_hyperparameters()
+
+
+class SAM(torch.optim.Optimizer):
+    """As published: shares the groups of the optimizer inside."""
+
+    def __init__(self, params, base, rho=0.05, **options):
+        super().__init__(params, {"rho": rho, **options})
+        self.base_optimizer = base(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+        self.defaults.update(self.base_optimizer.defaults)
+
+    @torch.no_grad()
+    def first_step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["old"] = p.clone()
+                    p.add_(p.grad, alpha=group["rho"])
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "old" in self.state[p]:
+                    p.copy_(self.state[p]["old"])
+        self.base_optimizer.step()
+
+    def step(self, closure=None):
+        closure = torch.enable_grad()(closure)
+        closure()
+        self.first_step()
+        closure()
+        self.second_step()
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self.base_optimizer.param_groups = self.param_groups
 
 
 def trainer(**options: Any) -> L.Trainer:

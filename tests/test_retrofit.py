@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from helpers import RULES, LitBase, LitRules, digits_loader, float64_norm, trainer
+from helpers import RULES, LitBase, LitRules, LitWithBackbone, digits_loader, float64_norm, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -722,16 +722,8 @@ class TestCheckpoints:
         assert [group["decay_step"] for group in state["param_groups"]] == [4, 4]
 
 
-class LitBackbone(LitBase):
-    """As Lightning's finetuning callbacks want it: its optimizer holds what is trainable at first."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(self.body, nn.BatchNorm1d(16))
-        del self.body
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self.head(self.norm(self.backbone(batch[0])).relu()), batch[1])
+class LitBackbone(LitWithBackbone):
+    """Its optimizer holds what is trainable at first, as Lightning's finetuning callbacks want it."""
 
     def configure_optimizers(self):
         trainable = [p for p in self.parameters() if p.requires_grad]

@@ -24,9 +24,8 @@ from field.fits import (
     used_by_weights,
     with_rules,
 )
-from helpers import LitBase, digits_loader
+from helpers import LitBase, LitWithBackbone, digits_loader
 from lightning.pytorch.callbacks import BackboneFinetuning, BatchSizeFinder, LearningRateFinder, ModelPruning
-from torch import nn
 
 from lightning_regdecay import DecayRule, WeightDecayMixin
 
@@ -60,16 +59,8 @@ class LitOwnTuned(WeightDecayMixin, LitTuned):
         return MyAdamW(param_groups, lr=self.hparams.lr)
 
 
-class LitBackbone(LitBase):
-    """As Lightning's finetuning wants it: the optimizer holds what is trainable at first."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = nn.Sequential(self.body, nn.BatchNorm1d(16))
-        del self.body
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self.head(self.norm(self.backbone(batch[0])).relu()), batch[1])
+class LitBackbone(LitWithBackbone):
+    """Its optimizer holds what is trainable at first, as Lightning's finetuning wants it."""
 
     def configure_optimizers(self):
         return MyAdamW([p for p in self.parameters() if p.requires_grad])

@@ -23,7 +23,7 @@ from field.fits import (
     used,
     used_by_weights,
 )
-from helpers import LitBase, Net, digits
+from helpers import SAM, LitBase, Net, digits
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -34,24 +34,6 @@ from lightning_regdecay import (
     build_decay_groups,
     schedule_weight_decay,
 )
-
-
-class SAM(torch.optim.Optimizer):
-    """As published: builds a base optimizer over its own param groups, and steps in two phases."""
-
-    def __init__(self, params, base, rho=0.05, **options):
-        super().__init__(params, {"rho": rho, **options})
-        self.base_optimizer = base(self.param_groups, **options)
-        self.param_groups = self.base_optimizer.param_groups
-        self.defaults.update(self.base_optimizer.defaults)
-
-    def second_step(self):
-        self.base_optimizer.step()
-
-    def step(self, closure=None):
-        loss = torch.enable_grad()(closure)()
-        self.second_step()
-        return loss
 
 
 class Muon(torch.optim.Optimizer):

@@ -16,15 +16,6 @@ from lightning_regdecay import apply_decay_rules, groups_in_force
 EVENTS = 40
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other take longer than these small sums."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Growing(nn.Module):
     """A body with a norm, a head, and layers that come later."""
 

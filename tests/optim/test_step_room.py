@@ -13,6 +13,7 @@ import weakref
 
 import pytest
 import torch
+from helpers import SAM
 from optim.by_hand import (
     OWN,
     RULES,
@@ -697,44 +698,6 @@ def test_what_is_no_optimizer(call, value):
         TypeError, match=r"optimizer must be an optimizer, with a step\(\) and a list param_groups, got"
     ):
         call(value)
-
-
-class SAM(torch.optim.Optimizer):
-    """As published: shares the groups of the optimizer inside."""
-
-    def __init__(self, params, base, rho=0.05, **options):
-        super().__init__(params, {"rho": rho, **options})
-        self.base_optimizer = base(self.param_groups, **options)
-        self.param_groups = self.base_optimizer.param_groups
-        self.defaults.update(self.base_optimizer.defaults)
-
-    @torch.no_grad()
-    def first_step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.state[p]["old"] = p.clone()
-                    p.add_(p.grad, alpha=group["rho"])
-        self.zero_grad()
-
-    @torch.no_grad()
-    def second_step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if "old" in self.state[p]:
-                    p.copy_(self.state[p]["old"])
-        self.base_optimizer.step()
-
-    def step(self, closure=None):
-        closure = torch.enable_grad()(closure)
-        closure()
-        self.first_step()
-        closure()
-        self.second_step()
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        self.base_optimizer.param_groups = self.param_groups
 
 
 class SAMByInheritance(torch.optim.SGD):
