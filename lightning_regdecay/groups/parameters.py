@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -131,9 +130,8 @@ def plain_name(name: str) -> str:
 def without_wrappers(module: nn.Module) -> nn.Module:
     """The user's module inside what ``torch.compile``, DDP, Fabric and the like have put around it."""
     while True:
-        inside = next(
-            (child for name, child in module._modules.items() if child is not None and _is_wrapped(module, name)), None
-        )
+        wrapped = _wrapped_in(module)
+        inside = next((c for name, c in module._modules.items() if c is not None and name in wrapped), None)
         if inside is None:
             return module
         module = inside
@@ -207,20 +205,23 @@ class _Walk:
                 return
         if path.lister is None and self._lists(module):
             path = path._replace(lister=(module, path.name))
-        self.places.extend(_own_places(module, path, self._family_of))
+        if len(module._parameters):
+            self.places.extend(_own_places(module, path, self._family_of))
         children = module._modules
-        if len(children):
-            remember_flattened_by(module)
-        around = (*path.above, module)
+        if not len(children):
+            return
+        remember_flattened_by(module)
+        wrapped, family_of = _wrapped_in(module), self._family_of
+        prefix, family, above, lister = path
+        around = (*above, module)
         # named_children() leaves out a module that is there twice.
         for name, child in children.items():
             if child is None or child in around:
                 continue
-            if _is_wrapped(module, name):
+            if name in wrapped:
                 inner = path._replace(above=around)
             else:
-                family = f"{path.family}{self._family_of(name)}."
-                inner = _Path(f"{path.name}{name}.", family, around, path.lister)
+                inner = _Path(f"{prefix}{name}.", f"{family}{family_of(name)}.", around, lister)
             is_first = again is None and id(child) not in self._entered
             self.visit(child, inner, None if is_first else {} if again is None else again)
 
@@ -276,24 +277,23 @@ def _own_places(module: nn.Module, path: _Path, family_of: Callable[[str], str])
         owner = path.above[-2] if len(path.above) > 1 else module
         originals = _originals(module, path.name)
         return [ModelParameter(p, name, owner, _family(name), path.lister) for p, name in originals]
-    return [
-        ModelParameter(parameter, path.name + name, module, path.family + family_of(name), path.lister)
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-        for name in _names_in(module, key)
-    ]
+    found = []
+    prefix, family, _, lister = path
+    for key, parameter in module._parameters.items():
+        if parameter is not None:
+            for name in (key, *_plain_names(module, key)) if key.endswith(_RENAMED) else (key,):
+                found.append(ModelParameter(parameter, prefix + name, module, family + family_of(name), lister))
+    return found
 
 
-_RENAMED = re.compile("(.+)_(orig|g|v)")
-"""What pruning, spectral norm and weight norm of ``torch.nn.utils`` make of a parameter's name."""
+_RENAMED = ("_orig", "_g", "_v")
+"""What pruning, spectral norm and weight norm of ``torch.nn.utils`` put behind a parameter's name."""
 
 
-def _names_in(module: nn.Module, name: str) -> tuple[str, ...]:
-    """The names of a parameter in its module: also the plain one, where the user's parameter was put behind another."""
-    renamed = _RENAMED.fullmatch(name) if name.endswith(("_orig", "_g", "_v")) else None
-    if renamed is None or not isinstance(vars(module).get(renamed[1]), torch.Tensor):
-        return (name,)
-    return name, renamed[1]
+def _plain_names(module: nn.Module, name: str) -> list[str]:
+    """The name that the user gave a parameter, where another tensor has that in its place."""
+    plain = name.rpartition("_")[0]
+    return [plain] if isinstance(vars(module).get(plain), torch.Tensor) else []
 
 
 _ONE_DIGIT = str.maketrans("123456789", "000000000")
@@ -303,11 +303,12 @@ def _family(name: str) -> str:
     return name.translate(_ONE_DIGIT)
 
 
-def _is_wrapped(module: nn.Module, name: str) -> bool:
-    """Whether a child is the user's module, and the module around it a wrapper."""
+def _wrapped_in(module: nn.Module) -> Collection[str]:
+    """The names of the children that are the user's modules, of a module around them that is a wrapper."""
     if isinstance(module, (DataParallel, DistributedDataParallel)):
-        return name == "module"
-    return name in _WRAPPED and not len(module._parameters) and set(module._modules.keys()) in _WRAPPERS
+        return ("module",)
+    children = module._modules.keys()
+    return children if not len(module._parameters) and set(children) in _WRAPPERS else ()
 
 
 def _originals(parametrizations: ParametrizationList, path: str) -> Iterator[tuple[nn.Parameter, str]]:
