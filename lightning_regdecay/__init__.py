@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_regdecay.retrofit import WeightDecayRules
     from lightning_regdecay.rules import presets
     from lightning_regdecay.rules.exporting import rules_as_yaml
-    from lightning_regdecay.rules.rules import DecayRule
+    from lightning_regdecay.rules.rules import DecayRule, LrRule
     from lightning_regdecay.rules.schedules import DecaySchedule
 
 _WHERE = {
@@ -29,6 +29,7 @@ _WHERE = {
     "DecayRule": "rules.rules",
     "DecaySchedule": "rules.schedules",
     "GroupL2Norm": "figures.norms",
+    "LrRule": "rules.rules",
     "WeightDecayCLI": "cli",
     "WeightDecayMixin": "mixin",
     "WeightDecayMonitor": "monitor",
@@ -49,6 +50,7 @@ __all__ = [
     "DecayRule",
     "DecaySchedule",
     "GroupL2Norm",
+    "LrRule",
     "WeightDecayCLI",
     "WeightDecayMixin",
     "WeightDecayMonitor",

@@ -28,7 +28,8 @@ except ModuleNotFoundError as error:  # LightningArgumentParser says so, with th
 
 from lightning_regdecay.mixin import WeightDecayMixin, configure_own
 from lightning_regdecay.rules.forms import parse_rules, plain_rules
-from lightning_regdecay.rules.rules import SELECTORS, DecayRule, is_schedule
+from lightning_regdecay.rules.rules import DecayRule, is_schedule
+from lightning_regdecay.rules.selectors import SELECTORS
 
 _GROUPS = "groups"
 _ARGUMENT = "decay_rules"

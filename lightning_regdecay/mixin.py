@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from lightning_regdecay.optim.in_force import put_in_force, rooms_in_force
 from lightning_regdecay.optim.resuming import carry_over_by_name
 from lightning_regdecay.optim.saved_states import groups_in_folder
 from lightning_regdecay.retrofit import RulesForAFit, logged_rules
-from lightning_regdecay.rules.forms import DecayRules, copied_rules, parse_rules, plain_rules
+from lightning_regdecay.rules.crossing import GivenRules
+from lightning_regdecay.rules.forms import KINDS, DecayRules, LrRules, copied_rules, plain_rules
 from lightning_regdecay.rules.scalars import nonnegative_number
 from lightning_regdecay.rules.schedules import STEP_KEY
 
@@ -37,7 +38,8 @@ class WeightDecayMixin(_Base):
     """Weight decay per parameter group, from rules, for a ``LightningModule``; goes before it in the bases.
 
     The rules are the instance attribute ``decay_rules`` where it is set, else ``hparams.decay_rules``, else the class
-    attribute; None counts as not given. See :class:`DecayRule` for what they may be.
+    attribute; None counts as not given. See :class:`DecayRule` for what they may be. Likewise ``lr_rules``, which cross
+    them, see :class:`LrRule`.
 
     The optimizer is what :meth:`build_optimizer` returns, the scheduler what :meth:`build_lr_scheduler` returns. Where
     the class, or a base class, has a ``configure_optimizers`` of its own, the optimizers are those that it returns,
@@ -56,10 +58,12 @@ class WeightDecayMixin(_Base):
 
     decay_rules: DecayRules | None = None
     """The rules, unless the instance or its hyperparameters hold others."""
+    lr_rules: LrRules | None = None
+    """Rules for the lr and other options, unless the instance or its hyperparameters hold others."""
     decay_strict: bool = True
     """Whether a rule that takes nothing is an error; False makes it a warning."""
-    _decay_rules_given: tuple[DecayRules | None, DecayRules | None] = (None, None)
-    """The rules of the hyperparameters, as they are stored and as they were given."""
+    _rules_given: Mapping[str, tuple[DecayRules, DecayRules]] = {}
+    """The rules of the hyperparameters, by their name: as they are stored, and as they were given."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -104,7 +108,7 @@ class WeightDecayMixin(_Base):
         theirs = _configuration_of_a_base(self)
         if theirs is None:
             return configure_own(self, self.build_optimizer, self.build_lr_scheduler)
-        if _rules_of(self) is None and _has_callback_with_rules(getattr(self, "_trainer", None)):
+        if not _rules_of(self) and _has_callback_with_rules(getattr(self, "_trainer", None)):
             return theirs()
         groups = _groups_of(self)
         config = theirs()
@@ -158,30 +162,31 @@ class WeightDecayMixin(_Base):
         current = inspect.currentframe()
         frame = frame or (current.f_back if current else None)
         super().save_hyperparameters(*args, ignore=ignore, frame=frame, logger=logger)
-        given = self.hparams.get("decay_rules")
         # An OmegaConf object as a whole stays: it belongs to the user, and holds plain data.
-        if given is None or not isinstance(self.hparams, dict):
-            return
-        self.hparams["decay_rules"] = plain_rules(given)
-        # A base class may be given what is stored already, in which predicates are but names.
-        if plain_rules(given) != self._decay_rules_given[0]:
-            # Not the same object again: whoever changes the hyperparameter is to be noticed.
-            self._decay_rules_given = (plain_rules(given), copied_rules(given))
+        for name in KINDS if isinstance(self.hparams, dict) else ():
+            given = self.hparams.get(name)
+            if given is None:
+                continue
+            self.hparams[name] = plain_rules(given)
+            # A base class may be given what is stored already, in which predicates are but names.
+            if name not in self._rules_given or plain_rules(given) != self._rules_given[name][0]:
+                # Not the same object again: whoever changes the hyperparameter is to be noticed.
+                self._rules_given = {**self._rules_given, name: (plain_rules(given), copied_rules(given))}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down the rules, presets as what they stand for."""
         super().on_save_checkpoint(checkpoint)
         rules = _rules_of(self)
-        if rules is not None:
-            checkpoint["decay_rules"] = plain_rules(parse_rules(rules))
+        if rules:
+            checkpoint.update(rules.plain())
 
     @property
     def hparams_initial(self) -> Any:
         """As in Lightning, for the loggers; the rules in force as plain data, wherever they come from."""
         hparams = super().hparams_initial
-        rules = _rules_of(self)
-        if isinstance(hparams, dict) and "decay_rules" in hparams and rules is not None:
-            hparams["decay_rules"] = logged_rules(rules, getattr(self, "_trainer", None))
+        for name, rules in _rules_of(self)._asdict().items():
+            if isinstance(hparams, dict) and name in hparams and rules is not None:
+                hparams[name] = logged_rules(name, rules, getattr(self, "_trainer", None))
         return hparams
 
 
@@ -198,19 +203,19 @@ class _RulesOfModule(RulesForAFit):
     def model(self, trainer: Any) -> Any:
         """The module, unless it has no rules, or is inside another that has some."""
         module = self._module()
-        if module is None or _rules_of(module) is None:
+        if module is None or not _rules_of(module):
             return None
         if module is not trainer.lightning_module and _has_callback_with_rules(trainer):
             return None
         for other in trainer.lightning_module.modules():
             if other is module:
                 return module
-            if isinstance(other, WeightDecayMixin) and _rules_of(other) is not None and module in other.modules():
+            if isinstance(other, WeightDecayMixin) and _rules_of(other) and module in other.modules():
                 return None
         return module
 
-    def given_rules(self, model: Any) -> DecayRules:
-        """The rules in the form that they were given in."""
+    def given_rules(self, model: Any) -> GivenRules:
+        """The rules in the forms that they were given in."""
         return _given_rules_of(model)
 
     def decay_groups(self, model: Any) -> DecayGroups:
@@ -283,7 +288,7 @@ def _has_counts(checkpoint: Any) -> bool:
 def _put_in_force(config: Any, module: Any, groups: DecayGroups) -> None:
     """Put the rules of a model in force in what its ``configure_optimizers`` returns, once."""
     optimizers = list(optimizers_in(config))
-    rooms = rooms_in_force(optimizers, module, groups.rules) or put_in_force(optimizers, module, groups)
+    rooms = rooms_in_force(optimizers, module, groups.rule_set) or put_in_force(optimizers, module, groups)
     reference = weakref.ref(module)
     for room in rooms:
         room.counts_in_checkpoint = lambda: _has_counts(_sharded_checkpoint(getattr(reference(), "_trainer", None)))
@@ -295,7 +300,7 @@ def _with_rules_in_force(configure: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(configure)
     def configure_optimizers(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = configure(self, *args, **kwargs)
-        if _rules_of(self) is not None and next(optimizers_in(config), None) is not None:
+        if _rules_of(self) and next(optimizers_in(config), None) is not None:
             _put_in_force(config, self, _groups_of(self))
         return config
 
@@ -348,12 +353,14 @@ def _groups_of(module: Any) -> DecayGroups:
     trainer = getattr(module, "_trainer", None)
     if trainer is not None and trainer.strategy.model is not None:
         remember_flattened(trainer.strategy.model)  # FSDPStrategy puts its outermost wrapper around the module
-    return build_decay_groups(module, _given_rules_of(module), strict=module.decay_strict)
+    rules = _given_rules_of(module)
+    decay_rules: Any = rules.decay_rules if rules.decay_rules is not None else {}
+    return build_decay_groups(module, decay_rules, lr_rules=rules.lr_rules, strict=module.decay_strict)
 
 
-def _given_rules_of(module: Any) -> DecayRules:
+def _given_rules_of(module: Any) -> GivenRules:
     rules = _rules_of(module)
-    if rules is None:
+    if not rules:
         raise ValueError(
             f"{type(module).__name__} has no decay rules; set the class attribute, decay_rules = "
             "{'*.bias': 0.0, '*': 0.05}, or save a hyperparameter of that name (rules from elsewhere: "
@@ -362,16 +369,20 @@ def _given_rules_of(module: Any) -> DecayRules:
     return rules
 
 
-def _rules_of(module: Any) -> DecayRules | None:
-    own: DecayRules | None = vars(module).get("decay_rules")
+def _rules_of(module: Any) -> GivenRules:
+    return GivenRules(*(_rules_called(name, module) for name in KINDS))
+
+
+def _rules_called(name: str, module: Any) -> DecayRules | None:
+    own: DecayRules | None = vars(module).get(name)
     if own is not None:
         return own
-    hyperparameter: DecayRules | None = module.hparams.get("decay_rules")
+    hyperparameter: DecayRules | None = module.hparams.get(name)
     if hyperparameter is not None:
-        stored, given = module._decay_rules_given
+        stored, given = module._rules_given.get(name, (None, None))
         return hyperparameter if given is None or hyperparameter != stored else given
-    of_class = type(module).decay_rules
-    return module.decay_rules if isinstance(of_class, property) else of_class  # type: ignore[no-any-return]
+    of_class = getattr(type(module), name)
+    return getattr(module, name) if isinstance(of_class, property) else of_class  # type: ignore[no-any-return]
 
 
 def _check_signature(module: Any, build: Callable[..., Any], argument: str, value: Any) -> None:

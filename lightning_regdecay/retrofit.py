@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,8 +20,8 @@ from lightning_regdecay.optim.in_force import armed_for, every_room, has_members
 from lightning_regdecay.optim.resuming import stop_carrying
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.optim.witness import StrayWitness, Witness
-from lightning_regdecay.rules.forms import DecayRules, loggable_rules, parse_rules, plain_rules, rules_by_group
-from lightning_regdecay.rules.rules import DecayRule
+from lightning_regdecay.rules.crossing import GivenRules, RuleSet, parse_rule_set
+from lightning_regdecay.rules.forms import KINDS, DecayRules, LrRules, loggable_rules, plain_rules, rules_by_group
 
 OF_THE_MODEL = ("log", "log_dict")
 """Methods of the model that Lightning (2.5 to 2.6) puts on every callback."""
@@ -70,13 +70,13 @@ class RulesForAFit(AnyCallback):
         """The module that the rules are for, None where there are none to bring."""
         return trainer.lightning_module
 
-    def given_rules(self, model: Any) -> DecayRules:
-        """The rules as they are now, in the form that they were given in."""
+    def given_rules(self, model: Any) -> GivenRules:
+        """The rules as they are now, in the forms that they were given in."""
         raise NotImplementedError
 
-    def rules(self, model: Any) -> Sequence[DecayRule]:
+    def rules(self, model: Any) -> RuleSet:
         """The rules as they are now."""
-        return parse_rules(self.given_rules(model))
+        return self.given_rules(model).parsed()
 
     def decay_groups(self, model: Any) -> DecayGroups:
         """The groups of the rules."""
@@ -103,7 +103,7 @@ class RulesForAFit(AnyCallback):
         self._max_epochs = trainer.max_epochs  # before weight averaging adds an epoch without steps
         self._put_in_force(trainer)
         if self.model(trainer) is pl_module:
-            _log(trainer, logged_rules(self.given_rules(pl_module), trainer))
+            _log(trainer, self.given_rules(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask lengths and peaks anew, as a run begins."""
@@ -183,7 +183,7 @@ class RulesForAFit(AnyCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write down the rules that are in force, presets as what they stand for."""
         if self.model(trainer) is pl_module:
-            checkpoint["decay_rules"] = plain_rules(self.rules(pl_module))
+            checkpoint.update(self.given_rules(pl_module).plain())
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave all as it was."""
@@ -214,8 +214,14 @@ class RulesForAFit(AnyCallback):
             groups = self.decay_groups(model)
             rooms = put_in_force(trainer.optimizers, model, groups, all_of_them=True)
         if _is_deepspeed(trainer) and any(room.parting.has_cut() for room in rooms):
+            by_factor = all(room.parting.has_factors() for room in rooms)
             for room in rooms:
                 room.disarm()
+            if by_factor:
+                raise MisconfigurationException(
+                    "DeepSpeed steps parameters of its own, so that lr_mult cannot be in force, a factor on the lr at "
+                    "each step; give the lr itself, as in LrRule(1e-4, params=...)"
+                )
             raise MisconfigurationException(
                 "DeepSpeed steps parameters of its own, so decay rules can be in force only in an optimizer that is "
                 f"built over the decay groups: let {type(model).__name__} have WeightDecayMixin and a build_optimizer"
@@ -256,31 +262,39 @@ class RulesForAFit(AnyCallback):
         let_go_of_model(self)
 
 
-def logged_rules(rules: DecayRules, trainer: Any) -> Any:
-    """Rules as the loggers of a Trainer take them, with a value for each rule."""
-    plain = plain_rules(rules)
+def logged_rules(name: str, rules: DecayRules, trainer: Any) -> Any:
+    """Rules as the loggers of a Trainer take them, with a value for each rule.
+
+    Args:
+        name: ``"decay_rules"`` or ``"lr_rules"``.
+        rules: in any form.
+        trainer: the Trainer, or None.
+    """
+    kind, plain = KINDS[name], plain_rules(rules)
     if trainer is None:
         return plain
     # Lightning refuses a hyperparameter that the data module has as well unless the two are equal, types included.
-    of_data = getattr(getattr(trainer, "datamodule", None), "hparams", {}).get("decay_rules")
+    of_data = getattr(getattr(trainer, "datamodule", None), "hparams", {}).get(name)
     if of_data is not None and plain_rules(of_data) == plain:
         return of_data
     # MLflow (3.17) refuses parameter names with `*`.
     has_mlflow = any(cls.__name__ == "MLFlowLogger" for logger in trainer.loggers for cls in type(logger).__mro__)
-    return rules_by_group(loggable_rules(rules)) if has_mlflow else loggable_rules(rules)
+    logged = loggable_rules(rules, kind)
+    return rules_by_group(logged, kind) if has_mlflow else logged
 
 
-def _log(trainer: Trainer, rules: Any) -> None:
+def _log(trainer: Trainer, given: GivenRules) -> None:
     """Give rules to the loggers, beside the hyperparameters.
 
     Lightning (2.5 to 2.6) gives them the hyperparameters a little later; TensorBoard shows what it gets first.
     """
+    rules = {name: logged_rules(name, rules, trainer) for name, rules in given._asdict().items() if rules is not None}
     hparams: dict[str, Any] = {}
     for holder in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
         if getattr(holder, "_log_hyperparams", False) and isinstance(holder.hparams_initial, dict):
             hparams.update(holder.hparams_initial)
     for logger in trainer.loggers:
-        logger.log_hyperparams({**hparams, "decay_rules": rules})
+        logger.log_hyperparams({**hparams, **rules})
 
 
 def let_go_of_model(callback: Callback) -> None:
@@ -297,7 +311,9 @@ class WeightDecayRules(RulesForAFit):
     inside of each step, every parameter has the λ of its rule. When the fit ends, model and optimizers are as before.
 
     Args:
-        decay_rules: see :class:`~lightning_regdecay.DecayRule` for what they may be. Rules set λ alone.
+        decay_rules: see :class:`~lightning_regdecay.DecayRule` for what they may be. Rules set λ and a factor on the lr
+            alone.
+        lr_rules: see :class:`~lightning_regdecay.LrRule`; those with ``lr_mult``.
         decay_strict: False makes rules that take nothing a warning.
 
     Raises:
@@ -310,19 +326,20 @@ class WeightDecayRules(RulesForAFit):
     {'*.bias': 0.0, '*': 0.05}
     """
 
-    def __init__(self, decay_rules: DecayRules, *, decay_strict: bool = True) -> None:
+    def __init__(self, decay_rules: DecayRules, *, lr_rules: LrRules | None = None, decay_strict: bool = True) -> None:
         super().__init__()
-        parse_rules(decay_rules)
+        parse_rule_set(decay_rules, lr_rules)
         self.decay_rules = decay_rules
+        self.lr_rules = lr_rules
         self.decay_strict = decay_strict
 
-    def given_rules(self, model: nn.Module) -> DecayRules:
-        """The rules in the form that they were given in."""
-        return self.decay_rules
+    def given_rules(self, model: nn.Module) -> GivenRules:
+        """The rules in the forms that they were given in."""
+        return GivenRules(self.decay_rules, self.lr_rules)
 
     def decay_groups(self, model: nn.Module) -> DecayGroups:
         """The groups of the rules."""
-        return build_decay_groups(model, self.decay_rules, strict=self.decay_strict)
+        return build_decay_groups(model, self.decay_rules, lr_rules=self.lr_rules, strict=self.decay_strict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a model that has rules already."""

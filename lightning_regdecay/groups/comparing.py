@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_regdecay.groups.groups import DecayGroup, DecayGroups, build_decay_groups, numel_of
 from lightning_regdecay.groups.tables import preformatted
-from lightning_regdecay.rules.forms import DecayRules
-from lightning_regdecay.rules.rules import equal_options
+from lightning_regdecay.rules.forms import DecayRules, LrRules
+from lightning_regdecay.rules.selectors import equal_options
 
 _MOST_PATTERNS = 12  # printed for one move
 
@@ -76,8 +76,16 @@ class Comparison:
         return preformatted(str(self))
 
 
-def compare(module: nn.Module, before: DecayRules, after: DecayRules, *, strict: bool = True) -> Comparison:
-    """Find the parameters of a model that other rules give another λ, or other options.
+def compare(
+    module: nn.Module,
+    before: DecayRules,
+    after: DecayRules,
+    *,
+    lr_before: LrRules | None = None,
+    lr_after: LrRules | None = None,
+    strict: bool = True,
+) -> Comparison:
+    """Find the parameters of a model that other rules give another λ, another lr or other options.
 
     A parameter whose group has another name only does not move.
 
@@ -85,6 +93,8 @@ def compare(module: nn.Module, before: DecayRules, after: DecayRules, *, strict:
         module: the model; on the meta device too.
         before: rules, as :func:`~lightning_regdecay.build_decay_groups` takes them.
         after: the other rules.
+        lr_before: lr rules that cross the first ones.
+        lr_after: lr rules that cross the others.
         strict: False turns the errors about rules that take nothing into warnings.
 
     Returns:
@@ -100,8 +110,8 @@ def compare(module: nn.Module, before: DecayRules, after: DecayRules, *, strict:
     rest, weight_decay 0.05 → no_decay, weight_decay 0: 2 tensors, 8 parameters
       [1,3].weight  (2)
     """
-    groups_before = build_decay_groups(module, before, strict=strict)
-    groups_after = build_decay_groups(module, after, strict=strict)
+    groups_before = build_decay_groups(module, before, lr_rules=lr_before, strict=strict)
+    groups_after = build_decay_groups(module, after, lr_rules=lr_after, strict=strict)
     becomes = {name: group for group in groups_after for name in group.params}
     moves = []
     for group in groups_before:
@@ -114,15 +124,18 @@ def compare(module: nn.Module, before: DecayRules, after: DecayRules, *, strict:
 
 
 def _treatment(group: DecayGroup) -> Any:
-    """What the optimizer does with a group; a group of no rule keeps its own weight decay, which is 1 times it."""
-    if group.rule is None:
-        return None, 1.0, {}
-    return group.rule.weight_decay, group.rule.decay_mult, group.rule.options
+    """What the optimizer does with a group; one of no rule keeps its own λ and lr, which is 1 times these."""
+    rule, treatment = group.rule, group.treatment
+    strength = (None, 1.0) if rule is None else (rule.weight_decay, rule.decay_mult)
+    lr_mult = 1.0 if treatment.lr_mult is None and "lr" not in treatment.options else treatment.lr_mult
+    return strength, lr_mult, treatment.options
 
 
 def _group_text(group: DecayGroup) -> str:
-    options = group.rule.options if group.rule is not None else {}
-    given = {"weight_decay": group.strength_text, **options}
+    treatment = group.treatment
+    given = {"weight_decay": treatment.strength_text, **treatment.options}
+    if treatment.lr_mult is not None:
+        given["lr"] = treatment.lr_text
     return ", ".join([group.name, *(f"{name} {value}" for name, value in given.items())])
 
 

@@ -15,11 +15,13 @@ from lightning_regdecay.groups.matching import Matcher, first_takers, listed, ne
 from lightning_regdecay.groups.parameters import ModelParameter, class_of, model_parameters
 from lightning_regdecay.groups.shards import original_shape
 from lightning_regdecay.groups.tables import Lines, Table, Tabular
-from lightning_regdecay.rules.forms import DecayRules, parse_rules
-from lightning_regdecay.rules.names import hint, unique_name
-from lightning_regdecay.rules.rules import DecayRule, classes_of, patterns_of
+from lightning_regdecay.rules.crossing import Pair, RuleSet, Treatment, parse_rule_set
+from lightning_regdecay.rules.forms import DecayRules, LrRules
+from lightning_regdecay.rules.names import hint
+from lightning_regdecay.rules.rules import OWN, DecayRule, LrRule
 from lightning_regdecay.rules.scalars import nonnegative_number
 from lightning_regdecay.rules.schedules import DecaySchedule, scheduled_param_group
+from lightning_regdecay.rules.selectors import Rule, classes_of, patterns_of
 
 NAMES_KEY = "decay_params"
 """Where a param group of ours holds the names of its parameters. Not in torch's own ``param_names``: beside groups that
@@ -30,7 +32,6 @@ ON_META = (
     "optimizer, after the model has its memory (after to_empty or configure_model)"
 )
 TABLE_HEADER = ("group", "rule", "tensors", "parameters", "weight_decay", "lr")
-_OWN = "optimizer's"
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,12 +44,14 @@ class DecayGroup:
             ``default`` of what no rule took.
         params: parameter name to parameter, in the order of the model.
         model: refers to the model.
+        lr_rule: the lr rule that took the parameters, None where none did.
     """
 
     name: str
     rule: DecayRule | None
     params: Mapping[str, nn.Parameter]
     model: Callable[[], nn.Module | None] = field(default=lambda: None, compare=False)
+    lr_rule: LrRule | None = None
 
     def __repr__(self) -> str:
         return (
@@ -64,18 +67,25 @@ class DecayGroup:
     @property
     def strength_text(self) -> str:
         """The strength in words that fit a table cell."""
-        return _OWN if self.rule is None else self.rule.strength_text
+        return self.treatment.strength_text
 
-    def as_param_group(self, weight_decay: float | None = None) -> dict[str, Any]:
+    @property
+    def treatment(self) -> Treatment:
+        """What its rules do."""
+        return Treatment(self.rule, self.lr_rule)
+
+    def as_param_group(self, weight_decay: float | None = None, *, lr: float | None = None) -> dict[str, Any]:
         """The group as ``torch.optim.Optimizer`` takes it, with its ``name`` and the names of its parameters.
 
         Args:
             weight_decay: the optimizer's own weight decay, which a rule with ``decay_mult`` multiplies. A group without
                 a rule has no ``weight_decay`` here, so that the optimizer fills in its own.
+            lr: the optimizer's own lr, which a rule with ``lr_mult`` multiplies: here once, so that an lr scheduler
+                that sets the lr of all groups overrides it.
 
         Raises:
-            TypeError: for a weight decay that is no number.
-            ValueError: for one below 0, or not given where a rule has ``decay_mult``; for parameters on the meta
+            TypeError: for a weight decay or an lr that is no number.
+            ValueError: for one below 0, or not given where a rule has a factor on it; for parameters on the meta
                 device, or in whose place the model has others by now.
 
         >>> groups = build_decay_groups(nn.Linear(2, 1), {"bias": 0.0})
@@ -95,31 +105,37 @@ class DecayGroup:
                     "weight decay, which is not known here; pass it: as_param_group(weight_decay=0.1)"
                 )
             group["weight_decay"] = self.rule.decay_mult * weight_decay
+        lr_mult = self.treatment.lr_mult
+        if lr_mult is not None:
+            lr = lr if isinstance(lr, Tensor) else nonnegative_number("lr", lr)
+            if lr is None:
+                raise ValueError(
+                    f"group {self.name!r} has lr_mult={lr_mult:g}, a factor on the optimizer's own lr, which is not "
+                    "known here; pass it: as_param_group(lr=1e-3)"
+                )
+            group["lr"] = lr_mult * lr
         return group
 
     def as_param_group_of_own_strength(self) -> dict[str, Any]:
-        """The same without ``weight_decay`` where that is a factor on the optimizer's, on any device."""
+        """The same without ``weight_decay`` and ``lr`` where these are factors on the optimizer's, on any device."""
         group = {"params": list(self.params.values()), NAMES_KEY: list(self.params), "name": self.name}
-        if self.rule is None:
-            return group
-        strength = self.rule.weight_decay
+        strength = None if self.rule is None else self.rule.weight_decay
         if isinstance(strength, DecaySchedule):
             group |= scheduled_param_group(strength)
         elif strength is not None:
             group["weight_decay"] = strength
         # Copies, as torch's lr schedulers write into an lr that is a tensor.
-        return {**group, **copy.deepcopy(dict(self.rule.options))}
+        return {**group, **copy.deepcopy(self.treatment.options)}
 
 
 class DecayGroups(Tabular, list[DecayGroup]):
     """The groups of a model: a list that prints as a table and explains any one parameter."""
 
-    def __init__(
-        self, groups: Iterable[DecayGroup], parameters: Sequence[ModelParameter], rules: tuple[DecayRule, ...]
-    ) -> None:
+    def __init__(self, groups: Iterable[DecayGroup], parameters: Sequence[ModelParameter], rule_set: RuleSet) -> None:
         super().__init__(groups)
         self._parameters = parameters
-        self._rules = rules
+        self.rule_set = rule_set
+        """The rules that the groups were built by."""
 
     @property
     def table(self) -> Table:
@@ -148,25 +164,26 @@ class DecayGroups(Tabular, list[DecayGroup]):
 
     @property
     def rules(self) -> tuple[DecayRule, ...]:
-        """The rules that the groups were built by, in order."""
-        return self._rules
+        """The decay rules that the groups were built by, in order."""
+        return self.rule_set.decay
 
-    def as_param_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
+    @property
+    def lr_rules(self) -> tuple[LrRule, ...]:
+        """The lr rules that the groups were built by, in order."""
+        return self.rule_set.lr
+
+    def as_param_groups(self, weight_decay: float | None = None, *, lr: float | None = None) -> list[dict[str, Any]]:
         """The groups as ``torch.optim.Optimizer`` takes them, see :meth:`DecayGroup.as_param_group`."""
         _refuse_stale(self, self[0].model() if self else None)
-        return [replace(group, model=lambda: None).as_param_group(weight_decay) for group in self]
-
-    def text_of(self, name: str) -> str:
-        """The selectors of the rule, or rules, that a group is made of."""
-        return " ; ".join(rule.selector_text for rule in self._rules if rule.group == name) or "(no rule)"
+        return [replace(group, model=lambda: None).as_param_group(weight_decay, lr=lr) for group in self]
 
     def rows(self) -> list[list[str]]:
         """The cells of the table, a row per group and one for all."""
         rows = []
         for group in self:
-            lr = group.rule.options.get("lr", _OWN) if group.rule else _OWN
-            text = self.text_of(group.name)
-            rows.append(table_row(group.name, text, group.params.values(), group.strength_text, lr))
+            treatment = group.treatment
+            text = self.rule_set.text_of(treatment.pair)
+            rows.append(table_row(group.name, text, group.params.values(), treatment.strength_text, treatment.lr_text))
         return [*rows, total_row(parameter for group in self for parameter in group.params.values())]
 
     def explain(self, name: str) -> str:
@@ -198,17 +215,30 @@ class DecayGroups(Tabular, list[DecayGroup]):
         group = next((g for g in self if parameter.name in g.params), None)
         if group is None:
             return f"{head} was frozen (requires_grad=False) when the groups were made: it is in none"
-        lines = [f"{head} is in group {group.name!r}, weight_decay {group.strength_text}"]
-        for number, rule in enumerate(self._rules, start=1):
-            label = f"  rule {number} {rule.selector_text!r}"
-            reason = Matcher(rule).mismatch(parameter)
-            lines.append(f"{label} takes it" if reason is None else f"{label} does not take it: {reason}")
-            if reason is None:
-                return "\n".join(lines)
-        return "\n".join([*lines, "  no rule takes it: it keeps the optimizer's own weight decay"])
+        treatment = group.treatment
+        lr = "" if treatment.lr_text == OWN else f", lr {treatment.lr_text}"
+        lines = [f"{head} is in group {group.name!r}, weight_decay {treatment.strength_text}{lr}"]
+        lines += _explained(self.rules, parameter, "rule", "it keeps the optimizer's own weight decay")
+        if self.lr_rules:
+            lines += _explained(self.lr_rules, parameter, "lr rule", "it keeps the optimizer's own lr")
+        return "\n".join(lines)
 
 
-def build_decay_groups(module: nn.Module, rules: DecayRules, *, strict: bool = True) -> DecayGroups:
+def _explained(rules: Sequence[Rule], parameter: ModelParameter, kind: str, otherwise: str) -> list[str]:
+    """Which of some rules took a parameter, and why each earlier one did not, a line each."""
+    lines = []
+    for number, rule in enumerate(rules, start=1):
+        label = f"  {kind} {number} {rule.selector_text!r}"
+        reason = Matcher(rule).mismatch(parameter)
+        lines.append(f"{label} takes it" if reason is None else f"{label} does not take it: {reason}")
+        if reason is None:
+            return lines
+    return [*lines, f"  no {kind} takes it: {otherwise}"]
+
+
+def build_decay_groups(
+    module: nn.Module, rules: DecayRules, *, lr_rules: LrRules | None = None, strict: bool = True
+) -> DecayGroups:
     """Put every trainable parameter of a model into one group, by the first rule that takes it.
 
     Works on any module, without a Trainer. Names, owners and dimensions are those of the model as the user wrote it:
@@ -218,6 +248,8 @@ def build_decay_groups(module: nn.Module, rules: DecayRules, *, strict: bool = T
     Args:
         module: the model; on the meta device too.
         rules: a mapping or list of rules, see :class:`DecayRule`.
+        lr_rules: a mapping or list of lr rules, see :class:`LrRule`, which cross the others: a group is then what one
+            rule of each kind has taken, and called by both, ``head.bias``.
         strict: False turns the errors about rules that take nothing into warnings.
 
     Returns:
@@ -238,31 +270,36 @@ def build_decay_groups(module: nn.Module, rules: DecayRules, *, strict: bool = T
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}; pass the model itself")
-    parsed = parse_rules(rules)
+    rule_set = parse_rule_set(rules, lr_rules)
     parameters = model_parameters(module)
     trainable = [p for p in parameters if p.parameter.requires_grad]
     if not trainable:
         frozen = f"all its {len(parameters)} parameters are frozen" if parameters else "it has no parameters"
         raise ValueError(f"{type(module).__name__} has nothing to train: {frozen}")
 
-    matchers = [Matcher(rule) for rule in parsed]
-    taken_by = first_takers(matchers, trainable)
-    problems, remarks = _review(module, matchers, parameters, trainable, taken_by)
+    problems: list[str] = []
+    remarks: list[str] = []
+    takers = []
+    for rules_of_kind in (rule_set.decay, rule_set.lr):
+        matchers = [Matcher(rule) for rule in rules_of_kind]
+        taken_by = first_takers(matchers, trainable)
+        _review(module, matchers, parameters, trainable, taken_by, problems, remarks)
+        takers.append([None if number is None else str(rules_of_kind[number].group) for number in taken_by])
     if problems and strict:
         raise ValueError("\n".join(problems))
     for line in problems + remarks:
         rank_zero_warn(line)
 
-    names = [str(rule.group) for rule in parsed]
-    default = unique_name("default", names)
-    members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in [*names, default]}
-    for parameter, index in zip(trainable, taken_by):
-        name = default if index is None else names[index]
-        members[name][parameter.name] = parameter.parameter
-    first_rule = dict(zip(reversed(names), reversed(parsed)))
-    model = weakref.ref(module)
-    groups = [DecayGroup(name, first_rule.get(name), params, model) for name, params in members.items() if params]
-    return DecayGroups(groups, parameters, parsed)
+    members: dict[Pair, dict[str, nn.Parameter]] = {pair: {} for pair in rule_set.names()}
+    for parameter, pair in zip(trainable, zip(*takers)):
+        members[pair][parameter.name] = parameter.parameter
+    treatments, model = rule_set.treatments(), weakref.ref(module)
+    groups = []
+    for pair, name in rule_set.names().items():
+        if members[pair]:
+            treatments[pair].check()
+            groups.append(DecayGroup(name, treatments[pair].rule, members[pair], model, treatments[pair].lr_rule))
+    return DecayGroups(groups, parameters, rule_set)
 
 
 def _refuse_stale(groups: Iterable[DecayGroup], module: nn.Module | None) -> None:
@@ -286,18 +323,19 @@ def _review(
     parameters: Sequence[ModelParameter],
     trainable: Sequence[ModelParameter],
     taken_by: Sequence[int | None],
-) -> tuple[list[str], list[str]]:
-    """What is wrong with the rules, a line each, and what is worth a remark only.
+    problems: list[str],
+    remarks: list[str],
+) -> None:
+    """Note what is wrong with the rules of one kind, a line each, and what is worth a remark only.
 
     Wrong are rules that take nothing, and patterns and classes that match nothing.
     """
-    problems, remarks = [], []
     used = set(taken_by)
     for index, matcher in enumerate(matchers):
         rule = matcher.rule
         if rule.optional:
             continue
-        label = f"decay rule {index + 1} {rule.selector_text!r}"
+        label = f"{rule.KIND} {index + 1} {rule.selector_text!r}"
         if index in used and len(patterns_of(rule)) < 2 and len(classes_of(rule)) < 2:
             continue
         problem = problem_of(matcher, module, parameters)
@@ -316,7 +354,6 @@ def _review(
                 )
             else:
                 remarks.append(f"{label} takes frozen parameters only (requires_grad=False), so it makes no group")
-    return problems, remarks
 
 
 def table_row(name: str, rule: str, parameters: Iterable[Any], weight_decay: object, lr: object) -> list[str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_regdecay.groups.parameters import ModelParameter, class_of, plain_name
 from lightning_regdecay.rules.names import REGEX_PREFIX, hint, literal_text
-from lightning_regdecay.rules.rules import DecayRule, class_path, class_text, classes_of, compile_pattern, patterns_of
+from lightning_regdecay.rules.selectors import Rule, class_path, class_text, classes_of, compile_pattern, patterns_of
 
 _MOST_NAMES = 5000  # compared on the way to a hint, so that a typo in a huge model is answered at once
 _MOST_COMPARED = 200  # as a whole, of those that resemble it in some parts
@@ -23,7 +23,7 @@ _Test: TypeAlias = Callable[[ModelParameter], Any]
 class Matcher:
     """A rule made ready to be held against many parameters."""
 
-    def __init__(self, rule: DecayRule) -> None:
+    def __init__(self, rule: Rule) -> None:
         self.rule = rule
         self.conditions = list(_conditions(rule))
 
@@ -66,6 +66,12 @@ def first_takers(matchers: Sequence[Matcher], parameters: Iterable[ModelParamete
     return takers
 
 
+def taking_groups(rules: Sequence[Rule], parameters: Iterable[ModelParameter]) -> list[str | None]:
+    """The group of the first rule that takes each parameter, None where there is none."""
+    takers = first_takers([Matcher(rule) for rule in rules], parameters)
+    return [None if number is None else str(rules[number].group) for number in takers]
+
+
 class _Plan(NamedTuple):
     """What is known of the rules for all parameters of a kind."""
 
@@ -106,7 +112,7 @@ def _blind_to_digits(pattern: str) -> bool:
     return not any(character.isdigit() for character in pattern) and "\\N" not in pattern and "(?P=" not in pattern
 
 
-def _conditions(rule: DecayRule) -> Iterable[_Condition]:
+def _conditions(rule: Rule) -> Iterable[_Condition]:
     """The selectors of a rule as tests, the cheap ones first."""
     if patterns_of(rule):
         matches = [compile_pattern(pattern) for pattern in patterns_of(rule)]
@@ -144,12 +150,12 @@ def _conditions(rule: DecayRule) -> Iterable[_Condition]:
         )
 
 
-def _where(rule: DecayRule, test: _Test, place: ModelParameter) -> Any:
+def _where(rule: Rule, test: _Test, place: ModelParameter) -> Any:
     try:
         return bool(test(place))
     except Exception as error:
         raise RuntimeError(
-            f"decay rule {rule.selector_text!r} failed on parameter {place.name!r} of {type(place.module).__name__}: "
+            f"{rule.KIND} {rule.selector_text!r} failed on parameter {place.name!r} of {type(place.module).__name__}: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -201,11 +207,19 @@ def _asked(lister: nn.Module, method: str) -> list[str]:
     return list(found() if callable(found) else found)
 
 
+def _unexpected_test() -> _Test:
+    def test(place: ModelParameter) -> bool:
+        raise ValueError("the rule says that no parameter is to match its other selectors")
+
+    return test
+
+
 _NAMED_TESTS: dict[str, Callable[[], _Test]] = {
     "depthwise": _depthwise_test,
     "marked": _marked_test,
     "no_weight_decay": _no_weight_decay_test,
     "no_weight_decay_keywords": _no_weight_decay_keywords_test,
+    "unexpected": _unexpected_test,
 }
 
 

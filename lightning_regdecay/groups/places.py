@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_regdecay.groups.groups import DecayGroups
-from lightning_regdecay.groups.matching import Matcher, first_takers
+from lightning_regdecay.groups.matching import taking_groups
 from lightning_regdecay.groups.parameters import model_parameters
-from lightning_regdecay.rules.names import unique_name
 from lightning_regdecay.rules.rules import DecayRule
+from lightning_regdecay.rules.schedules import DecaySchedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,13 +22,28 @@ class Place:
 
     Args:
         group: the name of the group.
-        rule: its rule, None for the group of what no rule takes.
+        rule: its decay rule, None for the group of what none takes.
         text: the selectors of its rules.
+        lr_mult: the factor on the lr of each step, None where the lr is as it is.
+        options: other options of its rules.
     """
 
     group: str
     rule: DecayRule | None
     text: str
+    lr_mult: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_ruled(self) -> bool:
+        """Whether a step is another with its rules than without."""
+        return self.rule is not None or self.lr_mult is not None
+
+    @property
+    def schedule(self) -> DecaySchedule | None:
+        """The schedule of λ, where the rule has one."""
+        strength = None if self.rule is None else self.rule.weight_decay
+        return strength if isinstance(strength, DecaySchedule) else None
 
 
 OUTSIDE = Place("other", None, "")
@@ -58,11 +73,13 @@ class Places:
 
     def __init__(self, module: nn.Module, groups: DecayGroups) -> None:
         self.module = weakref.ref(module)
-        self.rules: Sequence[DecayRule] = groups.rules
-        first = {str(rule.group): rule for rule in reversed(groups.rules)}
-        self._default = unique_name("default", first)
-        names = [*first, self._default]
-        self.by_name = {name: Place(name, first.get(name), groups.text_of(name)) for name in names}
+        self.rules = groups.rule_set
+        treatments = self.rules.treatments()
+        self._by_pair = {
+            pair: Place(name, treated.rule, self.rules.text_of(pair), treated.lr_mult, treated.options)
+            for (pair, name), treated in zip(self.rules.names().items(), treatments.values())
+        }
+        self.by_name = {place.group: place for place in self._by_pair.values()}
 
     def find(self, groups: DecayGroups | None = None) -> Finds:
         """All parameters that the model has now.
@@ -73,9 +90,9 @@ class Places:
         module = self.module()
         if module is None:
             return {}
-        taken = {id(p): group.name for group in groups or () for p in group.params.values()}
+        places = {id(p): self.by_name[group.name] for group in groups or () for p in group.params.values()}
         every = model_parameters(module)
-        asked = [p for p in every if id(p.parameter) not in taken]
-        for p, taker in zip(asked, first_takers([Matcher(rule) for rule in self.rules], asked)):
-            taken[id(p.parameter)] = self._default if taker is None else str(self.rules[taker].group)
-        return {id(p.parameter): Found(p.parameter, self.by_name[taken[id(p.parameter)]], p.name) for p in every}
+        asked = [p for p in every if id(p.parameter) not in places]
+        takers = [taking_groups(rules, asked) for rules in (self.rules.decay, self.rules.lr)]
+        places |= {id(p.parameter): self._by_pair[pair] for p, pair in zip(asked, zip(*takers))}
+        return {id(p.parameter): Found(p.parameter, places[id(p.parameter)], p.name) for p in every}

@@ -49,15 +49,20 @@ def check_family(family: list[Any], rooms: list[StepRoom], places: Places, finds
     trial = Parting(getattr(innermost(family), "defaults", {}))
     trial.layers = [Layer(places)]
     every = _seen(trial, family, rooms, finds)
-    taken = {part.place.group for parted in every if parted.is_cut for part in parted.parts}
-    for rule in places.rules:
-        if rule.options and rule.group in taken:
-            raise ValueError(
-                f"group {rule.group!r} has the options {listed(sorted(rule.options))}; in an optimizer that is not "
-                f"built over the decay groups, such as this {kind}, rules set the weight decay alone: build it over "
-                "them (build_optimizer of WeightDecayMixin, or build_decay_groups(model, rules).as_param_groups()), or "
-                "set the options in its own param groups"
-            )
+    for parted in every:
+        for place in [part.place for part in parted.parts]:
+            if parted.has_strengths and place.options:
+                raise ValueError(
+                    f"group {place.group!r} has the options {listed(sorted(place.options))}; in an optimizer that is "
+                    f"not built over the decay groups, such as this {kind}, rules set the weight decay and a factor on "
+                    "the lr (lr_mult) alone: build it over them (build_optimizer of WeightDecayMixin, or "
+                    "build_decay_groups(model, rules).as_param_groups()), or set the options in its own param groups"
+                )
+            if place.lr_mult is not None and parted.group.get("lr", trial.defaults.get("lr")) is None:
+                raise ValueError(
+                    f"group {place.group!r} has lr_mult={place.lr_mult:g}, a factor on the lr of its param group, and "
+                    f"{kind} has no lr there; give it one, or leave lr_mult out"
+                )
     _check_alone(rooms, places, finds)
     _check_parts(family, every, rooms)
     _warn_of_no_decay(every, kind, trial.defaults)
@@ -81,7 +86,7 @@ def _check_parts(family: list[Any], every: list[Parted], rooms: list[StepRoom]) 
         check_decays(family)
     for parted in every:
         for part in parted.parts:
-            if part.schedule is not None and part.schedule.schedule == "timescale":
+            if part.place.schedule is not None and part.place.schedule.schedule == "timescale":
                 check_timescale(innermost(family, parted.group), parted.group, part.place.group)
     if any(parted.is_cut and len(parted.parts) > 1 for parted in every):
         known = [room.numbered for room in rooms if room.numbered is not None]
@@ -103,7 +108,7 @@ def check_options(optimizer: Any, groups: DecayGroups) -> None:
     every = with_held(optimizer)
     kind = type(optimizer).__name__
     for group in groups:
-        for option in group.rule.options if group.rule is not None else ():
+        for option in group.treatment.options:
             if not any(reads_option(one, option) for one in every):
                 known = {name for one in every for name in getattr(one, "defaults", {})}
                 raise ValueError(
@@ -135,7 +140,8 @@ def _warn_of_no_decay(every: list[Parted], kind: str, defaults: Any) -> None:
     for parted in every:
         for part in parted.parts:
             # Of theirs, a group that they leave without decay is meant to be without.
-            if part.place.rule is not None and not (decays if parted.is_cut else _weight_decay(parted, defaults)):
+            decays_some = decays if parted.has_strengths else _weight_decay(parted, defaults)
+            if part.place.rule is not None and not decays_some:
                 rules[part.place.group] = part.place.rule
     for name, rule in rules.items():
         if rule.decay_mult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ from lightning_regdecay.optim.registry import Registry
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.optim.strengths import TELLS_NO_STEPS, lengths
 from lightning_regdecay.optim.telling import InForce, ParamGroupsInForce, told
-from lightning_regdecay.rules.forms import DecayRules
-from lightning_regdecay.rules.rules import DecayRule
+from lightning_regdecay.rules.crossing import RuleSet
+from lightning_regdecay.rules.forms import DecayRules, LrRules
 from lightning_regdecay.rules.schedules import schedule_of
 
 _rooms: Registry[StepRoom] = Registry()
@@ -34,6 +34,7 @@ def apply_decay_rules(
     module: nn.Module,
     rules: DecayRules,
     *,
+    lr_rules: LrRules | None = None,
     strict: bool = True,
     total_steps: float | None = None,
     steps_per_epoch: float | None = None,
@@ -41,22 +42,25 @@ def apply_decay_rules(
     """Put decay rules in force in any optimizer, whoever built it and whoever steps it.
 
     Its param groups stay as they are, for everybody to steer and for checkpoints; inside of each step, every parameter
-    has the λ of its rule. Rules set λ alone there. A second call for the same model puts its rules in the place of the
-    first ones; call it also when a model has grown by parameters that the optimizer had before.
+    has the λ of its rule. Rules set λ there, and a factor on the lr. A second call for the same model puts its rules in
+    the place of the first ones; call it also when a model has grown by parameters that the optimizer had before.
 
     Args:
         optimizer: of torch's interface; also what ``Fabric.setup`` and ``LightningModule.optimizers()`` return, and an
             optimizer around others.
         module: the model.
         rules: see :class:`~lightning_regdecay.DecayRule` for what they may be.
+        lr_rules: see :class:`~lightning_regdecay.LrRule`; in an optimizer that is not built over the decay groups,
+            those with ``lr_mult``.
         strict: False makes rules that take nothing a warning.
         total_steps: the optimizer steps of the whole run, for schedules without a length of their own.
         steps_per_epoch: the optimizer steps of an epoch, for lengths and delays in epochs.
 
     Raises:
         TypeError: for rules of an unknown form, a module that is none, and what is no optimizer.
-        ValueError: for rules that do not fit the model, options other than λ, an optimizer that has no parameter of the
-            model or knows no weight decay, and one whose steps cannot be changed in this way. Nothing is changed then.
+        ValueError: for rules that do not fit the model, options other than λ and a factor on the lr, an optimizer that
+            has no parameter of the model or knows no weight decay, and one whose steps cannot be changed in this way.
+            Nothing is changed then.
 
     >>> import torch
     >>> model = nn.Linear(2, 1)
@@ -69,7 +73,7 @@ def apply_decay_rules(
     """
     _check_optimizer(optimizer)
     given = lengths(total_steps=total_steps, steps_per_epoch=steps_per_epoch)
-    groups = build_decay_groups(module, rules, strict=strict)
+    groups = build_decay_groups(module, rules, lr_rules=lr_rules, strict=strict)
     for room in put_in_force([optimizer], module, groups, by_user=True):
         room.parting.strengths.give(given)
 
@@ -237,7 +241,7 @@ def put_in_force(
             is_known = any(is_own(group, places) or any(id(p) in finds for p in group["params"]) for group in every)
             plans.append(_Plan(root, family, _rooms_of_family(family), is_known))
     known = [plan for plan in plans if plan.is_known]
-    if not known and groups.rules:
+    if not known and groups.rule_set:
         # Lightning (2.5 to 2.6) puts a mock in the place of None.
         kinds = {type(plan.root).__name__ for plan in plans} - {"_MockOptimizer"}
         why = f"{', '.join(sorted(kinds))} has none of its parameters" if kinds else "it has no optimizer"
@@ -286,7 +290,7 @@ def _carry_out(plans: list[_Plan], act: Callable[[StepRoom, _Plan], None]) -> li
     return _each_once(rooms)
 
 
-def rooms_in_force(optimizers: Iterable[Any], module: nn.Module, rules: Sequence[DecayRule]) -> list[StepRoom] | None:
+def rooms_in_force(optimizers: Iterable[Any], module: nn.Module, rules: RuleSet) -> list[StepRoom] | None:
     """The rooms of optimizers, where some rules of a model are in force in all of them; None where not.
 
     Args:
@@ -304,7 +308,7 @@ def rooms_in_force(optimizers: Iterable[Any], module: nn.Module, rules: Sequence
             layers = [layer for room in known if (layer := _layer_of(room, module)) is not None]
             if not layers:
                 return None
-            if list(layers[0].places.rules) != list(rules):
+            if layers[0].places.rules != rules:
                 if layers[0].by_user:
                     raise ValueError(
                         f"apply_decay_rules has put rules in force for {type(module).__name__} in its "

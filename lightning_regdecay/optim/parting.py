@@ -52,16 +52,18 @@ class Parting:
         for number, parted in enumerate(every):
             if parted.is_on_meta:
                 raise ValueError(ON_META.format(group=str(parted.group.get("name", number))))
-            if parted.is_cut:
+            if parted.has_strengths:
                 for part in parted.parts:
                     self._set(part, parted)
             elif begun is None or id(parted.group) in begun:
                 self._follow(parted)
+                if parted.is_cut:
+                    parted.take_changes()
 
     def go_on(self, groups: list[Group]) -> None:
         """Take up, in the middle of a step, what a closure or a hook has set; λ that the optimizer has set stays."""
         for parted in self._up_to_date(groups):
-            for part in parted.parts if parted.is_cut else ():
+            for part in parted.parts if parted.has_strengths else ():
                 if not part.is_set:
                     self._set(part, parted)
 
@@ -71,7 +73,7 @@ class Parting:
                 part.is_set = True
             else:
                 part.set_weight_decay(part.number)
-        elif part.place.rule is not None:
+        elif part.rule is not None:
             value = self._strength(part.place, parted)
             part.held = None if part.schedule is None else value
             part.set_weight_decay(value)
@@ -112,6 +114,10 @@ class Parting:
     def has_cut(self) -> bool:
         """Whether parts take the place of a param group."""
         return any(parted.is_cut for parted in self._parted.values())
+
+    def has_factors(self) -> bool:
+        """Whether all of these are there for a factor on the lr alone."""
+        return all(parted.is_ours for parted in self._parted.values() if parted.is_cut)
 
     def look_again(self) -> None:
         """Find the places of all parameters anew before the next step."""
@@ -167,7 +173,7 @@ class Parting:
         """
         every = self._up_to_date(groups)
         for parted in every:
-            for part in parted.parts if parted.is_cut else ():
+            for part in parted.parts if parted.has_strengths else ():
                 if part.schedule is not None:
                     self._strength(part.place, parted)
             self._scheduled(parted)
@@ -244,7 +250,8 @@ class Parting:
             if parted is None or parted.group is not group or not parted.is_up_to_date():
                 stale = True
                 break
-            if parted.is_cut and "weight_decay" in parted.take_changes():
+            changed = parted.take_changes() if parted.is_cut else []
+            if parted.has_strengths and "weight_decay" in changed:
                 self._warn_of_moved(parted)
             found.append(parted)
         return self._divide(groups, self.find() if finds is None else finds) if stale else found
@@ -289,9 +296,9 @@ class Parting:
         """Have the plain keys in a param group that its schedule needs, and no others."""
         group = parted.group
         schedule = schedule_of(group)
-        if parted.is_cut and parted.is_scheduled:
+        if parted.has_strengths and parted.is_scheduled:
             group.setdefault(STEP_KEY, done)
-        elif schedule is None or parted.is_cut:
+        elif schedule is None or parted.has_strengths:
             group.pop(STEP_KEY, None)
         else:
             group.setdefault(STEP_KEY, 0)
@@ -335,7 +342,7 @@ class Parting:
     def _set_own_strength(self, parted: Parted) -> None:
         """Over what a checkpoint brought, the rules' λ of a param group that was built as decay group."""
         places = [place for layer in self.layers if (place := own_place(parted.group, layer.places)) is not None]
-        if parted.is_cut or not places or places[0].rule is None:
+        if parted.has_strengths or not places or places[0].rule is None:
             return
         group, rule = parted.group, places[0].rule
         if isinstance(rule.weight_decay, DecaySchedule):
@@ -370,7 +377,8 @@ class Parting:
         if rule is None:
             return parted.group.get("weight_decay")
         if isinstance(rule.weight_decay, DecaySchedule):
-            return self.strengths.weight_decay(rule.weight_decay, parted.group, _peak(parted), place.group)
+            lr_mult = 1.0 if place.lr_mult is None else place.lr_mult
+            return self.strengths.weight_decay(rule.weight_decay, parted.group, _peak(parted), place.group, lr_mult)
         if rule.decay_mult is None:
             return rule.weight_decay
         given = parted.group.get("weight_decay", self.defaults.get("weight_decay"))
@@ -380,7 +388,7 @@ class Parting:
         """λ for the next step of a param group that has a schedule itself."""
         group = parted.group
         schedule = schedule_of(group)
-        if schedule is None or parted.is_cut:
+        if schedule is None or parted.has_strengths:
             return None
         name = str(group.get("name"))
         if parted.weight_decay is not None and float(group["weight_decay"]) != parted.weight_decay:
@@ -389,7 +397,7 @@ class Parting:
                 f"{parted.weight_decay:g}, and something else {float(group['weight_decay']):g}; take one of them "
                 "away"
             )
-        return self.strengths.weight_decay(schedule, group, _peak(parted), name)
+        return self.strengths.weight_decay(schedule, group, _peak(parted), name, parted.lr_mult)
 
     def _follow(self, parted: Parted) -> None:
         """Set the λ of a param group that has a schedule itself."""

@@ -1,5 +1,8 @@
 """What an optimizer steps over in the place of one param group: parts of it, a decay group each.
 
+Of a param group that was built as a decay group, λ is in the group itself; it has parts where a rule has a factor on
+the lr, as the group has the lr without it.
+
 Parts live on between steps, as an optimizer may count something in each. What is set in their param group reaches every
 part, what the optimizer writes into a part reaches their param group.
 """
@@ -17,19 +20,22 @@ from torch import Tensor
 from lightning_regdecay.groups.places import OUTSIDE, Finds, Place
 from lightning_regdecay.optim.seen import NOTHING, Changes, Group, Seen, copied, is_mutable
 from lightning_regdecay.optim.strengths import as_number
+from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.schedules import STEP_KEY, DecaySchedule
 
 
 class Part:
     """A copy of a param group with the parameters of one decay group and its λ."""
 
-    __slots__ = ("group", "held", "is_set", "number", "numbers", "place", "seen")
+    __slots__ = ("group", "held", "is_set", "number", "numbers", "place", "rule", "seen")
 
     def __init__(self, group: Group) -> None:
         self.group = group
         self.seen = Seen(group)
         """Its values when the optimizer came."""
         self.place = OUTSIDE
+        self.rule: DecayRule | None = None
+        """The rule by which it has a λ of its own."""
         self.numbers: list[int] = []
         """The numbers of its parameters in their param group."""
         self.number: float | None = None
@@ -39,19 +45,20 @@ class Part:
         self.is_set = False
         """Whether λ is set for the step under way."""
 
-    def put(self, place: Place, numbers: list[int]) -> None:
-        """Give it the place and the parameters that it has from now on."""
-        if self.place.rule is not None and place.rule is None:
+    def put(self, place: Place, numbers: list[int], by_rule: bool) -> None:
+        """Give it the place and the parameters that it has from now on; λ of its own where its rule is to set that."""
+        rule = place.rule if by_rule else None
+        if self.rule is not None and rule is None:
             self.group.pop("weight_decay", None)  # that of the rule before, which takes it no more
-        self.place, self.numbers, self.is_set = place, numbers, False
-        rule = place.rule
+        if self.place.lr_mult is not None and place.lr_mult is None:
+            self.group.pop("lr", None)
+        self.place, self.rule, self.numbers, self.is_set = place, rule, numbers, False
         self.number = rule.weight_decay if rule is not None and isinstance(rule.weight_decay, float) else None
 
     @property
     def schedule(self) -> DecaySchedule | None:
         """The schedule of λ, where the rule has one."""
-        strength = None if self.place.rule is None else self.place.rule.weight_decay
-        return strength if isinstance(strength, DecaySchedule) else None
+        return None if self.rule is None else self.place.schedule
 
     def set_weight_decay(self, value: Any) -> None:
         """Set λ; a tensor stays the same tensor, which spares a compiled step a compilation for each new value."""
@@ -64,6 +71,17 @@ class Part:
         else:
             self.group["weight_decay"] = value
         self.seen.note(self.group, "weight_decay")
+
+    def set_lr(self, lr: Any, lr_mult: float) -> None:
+        """Set the lr, given that of the param group; a tensor stays the same tensor."""
+        own = self.group.get("lr")
+        if not isinstance(lr, Tensor):
+            self.group["lr"] = None if lr is None else lr_mult * lr
+        elif isinstance(own, Tensor) and own is not lr:
+            with torch.no_grad():
+                own.copy_(lr_mult * lr)
+        else:
+            self.group["lr"] = lr_mult * lr.detach()
 
 
 class Parted:
@@ -81,6 +99,7 @@ class Parted:
         "group",
         "is_cut",
         "is_on_meta",
+        "is_ours",
         "lrs",
         "members",
         "names",
@@ -102,6 +121,8 @@ class Parted:
         self.parts: list[Part] = []
         self.is_cut = False
         """Whether the parts take its place in a step."""
+        self.is_ours = False
+        """Whether it was built as a decay group, so that λ is set in the group itself."""
         self.seen = Seen(group)
         self.lrs = as_number(group.get("lr")), as_number(group.get("initial_lr"))
         """Its ``lr`` and ``initial_lr`` when the peak was found."""
@@ -109,6 +130,16 @@ class Parted:
         self.weight_decay: float | None = None
         """λ that a schedule has set in the group itself."""
         self.is_on_meta = False
+
+    @property
+    def has_strengths(self) -> bool:
+        """Whether λ is set in the parts."""
+        return self.is_cut and not self.is_ours
+
+    @property
+    def lr_mult(self) -> float:
+        """The factor on its lr, where it was built as a decay group."""
+        return next((one.place.lr_mult for one in self.parts if one.place.lr_mult is not None), 1.0)
 
     @property
     def is_scheduled(self) -> bool:
@@ -120,12 +151,12 @@ class Parted:
         members, known = self.group["params"], self.members
         return known is not None and len(members) == len(known) and all(map(is_, members, known))
 
-    def divide(self, finds: Finds, keep: bool, no_lists: Container[str]) -> None:
+    def divide(self, finds: Finds, is_ours: bool, no_lists: Container[str]) -> None:
         """Make a part for every place that the members have, in the order of these; parts that were there go on.
 
         Args:
             finds: where the parameters are.
-            keep: leave the group itself in the step.
+            is_ours: whether the group was built as a decay group, of these parameters.
             no_lists: options that have no entry for each parameter, as other param groups show.
         """
         self._no_lists = no_lists
@@ -141,9 +172,10 @@ class Parted:
             if part is None or part in self.parts:
                 part = Part(copy.copy(self.group))
                 part.group["params"] = []
-            part.put(place, own)
+            part.put(place, own, by_rule=not is_ours)
             self.parts.append(part)
-        self.is_cut = not keep and any(place.rule is not None for place in numbers)
+        self.is_ours = is_ours
+        self.is_cut = any(place.lr_mult is not None if is_ours else place.is_ruled for place in numbers)
         names = dict(zip(map(id, self.members or self._before), self.names))
         self.members = self._before = members
         # Of one that the model has let go of, the name that it had.
@@ -179,7 +211,8 @@ class Parted:
         if all(changes is NOTHING for changes in every):
             return
         for part, (changed, gone) in zip(self.parts, every):
-            by_rule = [] if part.place.rule is None else ["weight_decay"]
+            by_rule = [] if part.rule is None else ["weight_decay"]
+            by_rule += [] if part.place.lr_mult is None else ["lr"]
             for key in changed:
                 if key not in by_rule:
                     self._put(part, key, every)
@@ -202,7 +235,9 @@ class Parted:
         own = part.group.get(key)
         if key == STEP_KEY:
             return
-        if self._is_list(key):
+        if key == "lr" and part.place.lr_mult is not None:
+            part.set_lr(value, part.place.lr_mult)
+        elif self._is_list(key):
             entries = [value[number] for number in part.numbers]
             if own is not value and type(own) is list:
                 own[:] = entries
@@ -218,7 +253,7 @@ class Parted:
     def _is_counted_in(self, part: Part, key: str) -> bool:
         """Whether an option is one that a part is to have a copy of, as something may be written into it."""
         value = self.group[key]
-        if key == "weight_decay" and part.place.rule is not None:
+        if key == "weight_decay" and part.rule is not None:
             return isinstance(value, Tensor)
         if len(self.parts) == 1 or not (isinstance(value, Tensor) or is_mutable(value)):
             return False

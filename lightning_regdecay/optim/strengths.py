@@ -39,7 +39,9 @@ class Strengths:
         self._asked = {}
         self._warned.clear()
 
-    def weight_decay(self, schedule: DecaySchedule, group: Mapping[str, Any], peak_lr: float, name: str) -> float:
+    def weight_decay(
+        self, schedule: DecaySchedule, group: Mapping[str, Any], peak_lr: float, name: str, lr_mult: float = 1.0
+    ) -> float:
         """λ of a schedule for the next step of a param group.
 
         Args:
@@ -47,6 +49,7 @@ class Strengths:
             group: the param group, with its ``lr`` and the count of its steps.
             peak_lr: the peak of its lr, as far as it is known.
             name: what the group is called.
+            lr_mult: the factor of a rule on its lr, which is not in the group.
 
         Raises:
             ValueError: where a length that is needed is not known, or the peak of the lr is 0.
@@ -67,7 +70,10 @@ class Strengths:
         lr = as_number(group.get("lr"))
         if schedule.schedule == "follow_lr" and lr > peak:
             self._warn_of_higher_lr(name, lr, peak)
-        return schedule.value(step, length=length, lr=lr, peak_lr=peak)
+        # λ of follow_lr goes by a ratio, which has the factor above and below.
+        return schedule.value(
+            step, length=length, lr=lr, peak_lr=peak * lr_mult if schedule.schedule == "timescale" else peak
+        )
 
     def _warn_of_higher_lr(self, name: str, lr: float, peak_lr: float) -> None:
         if name not in self._warned:

@@ -62,11 +62,12 @@ def told(parting: Parting, groups: list[Group]) -> list[InForce]:
     for parted, names in zip(every, _names(every)):
         if parted.is_cut:
             for part, name in zip(parted.parts, names):
-                text = "" if part.place.rule is None else part.place.text
+                text = part.place.text if part.place.is_ruled else ""
+                schedule = part.schedule if parted.has_strengths else schedule_of(parted.group)
                 names_inside = [parted.names[number] for number in part.numbers]
-                found.append(InForce(_copy(_of_part(parting, part, parted), name, names_inside), text, part.schedule))
+                found.append(InForce(_copy(_of_part(parting, part, parted), name, names_inside), text, schedule))
         else:
-            rules = {part.place.text for part in parted.parts if part.place.rule is not None}
+            rules = {part.place.text for part in parted.parts if part.place.is_ruled}
             text = rules.pop() if len(rules) == 1 else ""
             found.append(InForce(_copy(parted.group, names[0], parted.names), text, schedule_of(parted.group)))
     return found
@@ -74,7 +75,7 @@ def told(parting: Parting, groups: list[Group]) -> list[InForce]:
 
 def _of_part(parting: Parting, part: Part, parted: Parted) -> Group:
     group = {key: part.group.get(key, value) for key, value in parted.group.items() if key != STEP_KEY}
-    if part.place.rule is not None:
+    if part.rule is not None:
         group["weight_decay"] = parting.strength_of(part, parted)
     return group
 
@@ -101,7 +102,8 @@ def _names(every: list[Parted]) -> list[list[str]]:
         given = parted.group.get("name")
         front = safe_name(str(number if given is None else given))
         places = [part.place for part in parted.parts]
-        if not parted.is_cut and (given is not None or len(places) != 1 or places[0] is OUTSIDE):
+        is_whole = not parted.is_cut or (parted.is_ours and len(places) == 1)
+        if is_whole and (given is not None or len(places) != 1 or places[0] is OUTSIDE):
             labels = [front]
         else:
             labels = [p.group if counts[p.group] == 1 else f"{front}.{p.group}" for p in places]

@@ -91,9 +91,7 @@ class StrayWitness:
         # Most models have none, so that nobody has to look for the places of all parameters.
         found = places.find() if loose and places is not None else {}
         self._strays = [
-            (weakref.ref(one.parameter), one.name)
-            for key, one in found.items()
-            if key in loose and one.place.rule is not None
+            (weakref.ref(one.parameter), one.name) for key, one in found.items() if key in loose and one.place.is_ruled
         ]
         self._last = self._versions()
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from lightning_regdecay.rules.forms import DecayRules, parse_rules, shortest_rules
+from lightning_regdecay.rules.forms import KINDS, DecayRules, LrRules, parse_lr_rules, parse_rules, shortest_rules
 from lightning_regdecay.rules.scalars import number_of
+from lightning_regdecay.rules.selectors import Rule
 
 
-def rules_as_yaml(rules: DecayRules) -> str:
+def rules_as_yaml(rules: DecayRules, *, lr_rules: LrRules | None = None) -> str:
     """Write rules as YAML, a line per rule, to be pasted into another project.
 
     ``yaml.safe_load`` reads it back to the same rules, numbers to the last bit; so do OmegaConf and LightningCLI.
@@ -21,6 +22,7 @@ def rules_as_yaml(rules: DecayRules) -> str:
 
     Args:
         rules: in any form, see :func:`~lightning_regdecay.rules.forms.parse_rules`.
+        lr_rules: lr rules that cross them; both are then written under their names, ``decay_rules`` and ``lr_rules``.
 
     Raises:
         TypeError: for rules of an unknown form.
@@ -31,8 +33,20 @@ def rules_as_yaml(rules: DecayRules) -> str:
     '*.bias': 0.0
     encoder: {weight_decay: 1.0e-05, params: [enc.*, emb.*]}
     """
-    for number, rule in enumerate(parse_rules(rules), start=1):
-        label = f"decay rule {number} {rule.selector_text!r} cannot be written as YAML"
+    given: dict[str, Any] = {"decay_rules": rules, **({} if lr_rules is None else {"lr_rules": lr_rules})}
+    for rule_set in (parse_rules(rules), parse_lr_rules(lr_rules)):
+        _check(rule_set)
+    shortest = {name: shortest_rules(one, KINDS[name]) for name, one in given.items()}
+    root: Any = shortest["decay_rules"] if lr_rules is None else shortest
+    node = yaml.SafeDumper("", sort_keys=False).represent_data(root)
+    _lay_out(node, [node] if lr_rules is None else [node, *(value for _, value in node.value)])
+    return str(yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=120))
+
+
+def _check(rules: Sequence[Rule]) -> None:
+    """Raise for rules that text cannot hold."""
+    for number, rule in enumerate(rules, start=1):
+        label = f"{rule.KIND} {number} {rule.selector_text!r} cannot be written as YAML"
         if callable(rule.where):
             raise ValueError(
                 f"{label}: where is a function, which text cannot hold; select by params, modules, min_ndim and "
@@ -41,9 +55,6 @@ def rules_as_yaml(rules: DecayRules) -> str:
         for name, value in rule.options.items():
             if not _is_plain(value):
                 raise ValueError(f"{label}: the option {name!r} is {value!r}, which is no plain data; set it in code")
-    node = yaml.SafeDumper("", sort_keys=False).represent_data(shortest_rules(rules))
-    _lay_out(node)
-    return str(yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=120))
 
 
 def _is_plain(value: Any) -> bool:
@@ -54,15 +65,15 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (str, numbers.Real)) or hasattr(value, "tolist")
 
 
-def _lay_out(root: Any) -> None:
-    """A line per entry of the root, and quotes where a reader may take text for something else."""
+def _lay_out(root: Any, blocks: list[Any]) -> None:
+    """A line per entry of some nodes, and quotes where a reader may take text for something else."""
     nodes = [root]
     while nodes:
         node = nodes.pop()
         if isinstance(node, yaml.ScalarNode):
             node.style = _quotes(node.value) if node.tag == "tag:yaml.org,2002:str" else node.style
         else:
-            node.flow_style = node is not root
+            node.flow_style = all(node is not block for block in blocks)
             nodes += [n for pair in node.value for n in pair] if isinstance(node, yaml.MappingNode) else node.value
 
 

@@ -254,6 +254,8 @@ PRESETS: dict[str, Callable[..., PlainRules]] = {
     "lightly_train": lightly_train_rules,
 }
 """The presets by the names that they have in plain data."""
+LR_PRESETS: dict[str, Callable[..., PlainRules]] = {}
+"""Those for lr rules."""
 
 
 def is_preset(value: Any) -> bool:
@@ -262,8 +264,12 @@ def is_preset(value: Any) -> bool:
     return isinstance(name, str) and number_of(name) is None
 
 
-def preset_rules(given: Mapping[str, Any]) -> PlainRules:
+def preset_rules(given: Mapping[str, Any], presets: Mapping[str, Callable[..., PlainRules]] = PRESETS) -> PlainRules:
     """The rules that a preset by name stands for.
+
+    Args:
+        given: its name and its arguments.
+        presets: those that there are.
 
     Raises:
         ValueError: for a name that no preset has.
@@ -274,13 +280,16 @@ def preset_rules(given: Mapping[str, Any]) -> PlainRules:
     """
     arguments = dict(given)
     name = arguments.pop("preset")
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; {hint(name, PRESETS)}")
-    known = inspect.signature(PRESETS[name]).parameters
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}; {hint(name, presets)}")
+    known = inspect.signature(presets[name]).parameters
     for argument in arguments:
         if argument not in known:
             raise TypeError(f"preset {name!r} has no argument {argument!r}; {hint(str(argument), known)}")
-    return PRESETS[name](**arguments)
+    missing = [name for name, one in known.items() if one.default is one.empty and name not in arguments]
+    if missing:
+        raise TypeError(f"preset {name!r} needs {', '.join(missing)}")
+    return presets[name](**arguments)
 
 
 def _rules(*selectors: dict[str, Any], weight_decay: Any) -> PlainRules:

@@ -1,28 +1,22 @@
-"""A decay rule: its selectors and its strength, checked. Knows no model."""
+"""Decay rules and lr rules: selectors, and what they set, checked. Knows no model."""
 
 from __future__ import annotations
 
-import fnmatch
-import functools
-import numbers
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
-from lightning_regdecay.rules.names import REGEX_PREFIX, hint, safe_name
-from lightning_regdecay.rules.scalars import is_array, nonnegative_number, number_of, plain_number
-from lightning_regdecay.rules.schedules import STRENGTH_KEYS, DecaySchedule
+from lightning_regdecay.rules.names import hint
+from lightning_regdecay.rules.scalars import nonnegative_number
+from lightning_regdecay.rules.schedules import DecaySchedule
+from lightning_regdecay.rules.selectors import Rule, field_names
 
-_SET_BY_THE_RULE = {"params", "param_names", "name", *STRENGTH_KEYS}
-SELECTORS = {"params", "modules", "min_ndim", "max_ndim", "where"}
-NAMED_TESTS = ("depthwise", "marked", "no_weight_decay", "no_weight_decay_keywords")
-"""What ``where`` may be by name, so that text can hold it."""
-RESERVED_GROUPS = {"total"}  # `<prefix>/total/penalty` is the sum over all groups
+OWN = "optimizer's"
+"""In a table, what stays the optimizer's own."""
 
 
-@dataclass(frozen=True, repr=False)
-class DecayRule:
+@dataclass(frozen=True, repr=False, eq=False)
+class DecayRule(Rule):
     """Which parameters get which weight decay.
 
     All selectors given must hold; inside a list any one does. A rule without selectors takes every parameter.
@@ -44,6 +38,8 @@ class DecayRule:
             ``"no_weight_decay"`` and ``"no_weight_decay_keywords"`` for what the model itself lists, by its methods of
             these names (see :func:`~lightning_regdecay.rules.presets.timm_rules`).
         group: the name of the group. Rules that share it and agree on strength and options form one group.
+        lr_mult: a factor on the lr that the optimizer, or its param group, has at each step: what lr schedulers set is
+            multiplied, too. 0 trains nothing.
         options: other options of the optimizer for this group, such as ``{"lr": 1e-4}``.
         optional: True for a rule, or some of its patterns and classes, that may find nothing in a model.
 
@@ -57,68 +53,25 @@ class DecayRule:
     DecayRule(decay_mult=0.1, modules=['*Norm*', '_ConvNd'], group='slow')
     """
 
+    KIND: ClassVar[str] = "decay rule"
+    FIRST: ClassVar[tuple[str, ...]] = ("weight_decay", "decay_mult")
+
     weight_decay: float | DecaySchedule | None = None
-    _: KW_ONLY
-    decay_mult: float | None = None
-    params: str | Sequence[str] = ()
-    modules: str | type | Sequence[str | type] = ()
-    min_ndim: int | None = None
-    max_ndim: int | None = None
-    where: Callable[..., bool] | str | None = None
-    group: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    optional: bool = False
+    decay_mult: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        checked = {
-            "weight_decay": strength_from(self.weight_decay),
-            "decay_mult": nonnegative_number("decay_mult", self.decay_mult),
-            "params": _selectors("params", self.params, (str,)),
-            "modules": _selectors("modules", self.modules, (str, type)),
-            "min_ndim": _ndim("min_ndim", self.min_ndim),
-            "max_ndim": _ndim("max_ndim", self.max_ndim),
-            "where": _predicate(self.where),
-            "group": _group(self.group),
-            "options": _options(self.options),
-            "optional": _optional(self.optional),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        self._set(
+            weight_decay=strength_from(self.weight_decay), decay_mult=nonnegative_number("decay_mult", self.decay_mult)
+        )
+        super().__post_init__()
         if (self.weight_decay is None) == (self.decay_mult is None):
             given = "neither" if self.weight_decay is None else "both"
             raise ValueError(
                 f"exactly one of weight_decay and decay_mult must be given, got {given}; "
                 "write weight_decay=0.05, or decay_mult=0.5 for half the optimizer's own"
             )
-        if self.min_ndim is not None and self.max_ndim is not None and self.min_ndim > self.max_ndim:
-            raise ValueError(f"min_ndim={self.min_ndim} is above max_ndim={self.max_ndim}: no parameter has both")
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not DecayRule:
-            return NotImplemented
-        names = [name for name in field_names(DecayRule) if name != "options"]
-        same = all(getattr(self, name) == getattr(other, name) for name in names)
-        return same and equal_options(self.options, other.options)
-
-    def __repr__(self) -> str:
-        given = {name: shorter(value) for name, value in given_fields(self).items()}
-        parts = [f"{name}={value!r}" for name, value in given.items() if name != "weight_decay"]
-        return f"DecayRule({', '.join([repr(self.weight_decay)] * ('weight_decay' in given) + parts)})"
-
-    @property
-    def selector_text(self) -> str:
-        """The selectors in one line, for tables and messages.
-
-        >>> DecayRule(0.0, params=["*.bias", "*.scale"], max_ndim=1).selector_text
-        '*.bias | *.scale & max_ndim=1'
-        """
-        parts = [" | ".join(patterns_of(self))] if patterns_of(self) else []
-        if classes_of(self):
-            parts.append("modules=" + " | ".join(map(class_text, classes_of(self))))
-        parts += [f"{name}={bound}" for name, bound in self._bounds()]
-        if self.where is not None:
-            parts.append(f"where={name_of_test(self.where)}")
-        return " & ".join(parts) or "*"
+        if self.lr_mult == 0 and getattr(self.weight_decay, "schedule", None) == "timescale":
+            raise ValueError("a timescale is λ = 1 / (lr · T), which has no value at lr_mult=0; give λ as a number")
 
     @property
     def strength_text(self) -> str:
@@ -131,58 +84,59 @@ class DecayRule:
             return self.weight_decay.text
         return f"{self.weight_decay:g}" if self.decay_mult is None else f"{self.decay_mult:g} x optimizer's"
 
-    def _bounds(self) -> list[tuple[str, int]]:
-        bounds = ("min_ndim", self.min_ndim), ("max_ndim", self.max_ndim)
-        return [(name, bound) for name, bound in bounds if bound is not None]
 
+@dataclass(frozen=True, repr=False, eq=False)
+class LrRule(Rule):
+    """Which parameters get which learning rate, and other options of the optimizer; crosses the decay rules.
 
-def patterns_of(rule: DecayRule) -> tuple[str, ...]:
-    """The entries of ``params``, which a user may give as one or as many."""
-    return cast("tuple[str, ...]", rule.params)
+    Goes into ``lr_rules``, beside ``decay_rules`` and in the same grammar. The first lr rule that takes a parameter
+    gives its lr, the first decay rule its λ, each whatever the other does; a group is what one of each has taken.
 
+    Args:
+        lr: the lr of the group, where the optimizer is built over the groups; lr schedulers begin with it. A number or
+            its text.
+        lr_mult: instead of ``lr``, a factor on the lr that the optimizer, or its param group, has at each step: what
+            lr schedulers set is multiplied, too. 0 trains nothing.
+        params: as in :class:`DecayRule`, like all selectors.
+        modules: likewise.
+        min_ndim: likewise.
+        max_ndim: likewise.
+        where: likewise.
+        group: the name of the group, which comes before that of the decay rule: ``head.bias``.
+        options: other options of the optimizer, such as ``{"betas": (0.9, 0.95)}``.
+        optional: True for a rule, or some of its patterns and classes, that may find nothing in a model.
 
-def classes_of(rule: DecayRule) -> tuple[str | type, ...]:
-    """The entries of ``modules``, which a user may give as one or as many."""
-    return cast("tuple[str | type, ...]", rule.modules)
+    Raises:
+        TypeError: for a value of the wrong kind.
+        ValueError: for a value that is negative or not finite, both ``lr`` and ``lr_mult``, nothing to set.
 
-
-def given_fields(rule: DecayRule) -> dict[str, Any]:
-    """The fields of a rule that were given, in order."""
-    values = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    return {name: value for name, value in values.items() if value not in (None, (), {}) and value is not False}
-
-
-@functools.cache
-def compile_pattern(pattern: str) -> Callable[[str], Any]:
-    r"""A function that tells whether a name matches: a glob over the whole of it, or after ``re:`` a search.
-
-    A name that is written in full matches itself, brackets and all.
-
-    >>> bool(compile_pattern("*.bias")("body.0.bias")), bool(compile_pattern(r"re:\.[01]\.")("body.2.bias"))
-    (True, False)
+    >>> LrRule(lr_mult=0.1, params="backbone.*")
+    LrRule(lr_mult=0.1, params='backbone.*')
     """
-    if not pattern.startswith(REGEX_PREFIX):
-        glob = re.compile(fnmatch.translate(pattern)).match
-        return glob if "[" not in pattern else lambda name: name == pattern or glob(name)
-    try:
-        return re.compile(pattern.removeprefix(REGEX_PREFIX)).search
-    except re.error as error:
-        raise ValueError(f"bad regular expression {pattern!r}: {error}") from None
 
+    KIND: ClassVar[str] = "lr rule"
+    FIRST: ClassVar[tuple[str, ...]] = ("lr", "lr_mult")
 
-def class_path(cls: type) -> str:
-    """The full name of a class, such as ``torch.nn.modules.normalization.LayerNorm``."""
-    return f"{cls.__module__}.{cls.__qualname__}"
+    lr: float | None = None
 
+    def __post_init__(self) -> None:
+        self._set(lr=nonnegative_number("lr", self.lr))
+        super().__post_init__()
+        if self.lr is not None and (self.lr_mult is not None or "lr" in self.options):
+            raise ValueError(
+                "lr, lr_mult and the option lr say the same thing: give one of them; lr=1e-4 is the lr itself, "
+                "lr_mult=0.1 a tenth of the optimizer's"
+            )
+        if self.lr is None and self.lr_mult is None and not self.options:
+            raise ValueError(
+                "nothing is set; write lr=1e-4 for the lr itself, lr_mult=0.1 for a tenth of the optimizer's, or give "
+                "options"
+            )
 
-def class_text(selector: str | type) -> str:
-    """An entry of ``modules`` as text: a pattern as it is, a class by its name."""
-    return selector if isinstance(selector, str) else selector.__name__
-
-
-def field_names(kind: type[DecayRule] | type[DecaySchedule]) -> list[str]:
-    """The names of all fields."""
-    return [f.name for f in fields(kind)]
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """The options that the group has in the optimizer, ``lr`` among them."""
+        return dict(self.options) if self.lr is None else {"lr": self.lr, **self.options}
 
 
 def is_schedule(value: Any) -> bool:
@@ -207,124 +161,3 @@ def strength_from(value: Any) -> float | DecaySchedule | None:
             advice = "; it goes beside weight_decay, not into it" if name in field_names(DecayRule) else ""
             raise TypeError(f"unknown field {name!r} of a schedule; {hint(str(name), known)}{advice}")
     return DecaySchedule(**value)
-
-
-def _selectors(name: str, value: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
-    entries = (value,) if isinstance(value, kinds) else value
-    if entries is None:
-        return ()
-    if not isinstance(entries, Iterable) or isinstance(entries, Mapping):
-        raise TypeError(f"{name} must be a pattern or a list of patterns, got {value!r}")
-    entries = tuple(entries)
-    if not entries and value != ():
-        raise ValueError(f"{name} is an empty list, which matches nothing; leave it out to select by other means")
-    for entry in entries:
-        if not isinstance(entry, kinds):
-            raise TypeError(
-                f"{name} must be {' or '.join(k.__name__ for k in kinds)}, or a list of them, got {entry!r}"
-            )
-        if entry in ("", REGEX_PREFIX):
-            raise ValueError(f"{name} holds an empty pattern; write '*' for everything")
-        if isinstance(entry, str):
-            compile_pattern(entry)
-    return entries
-
-
-def _ndim(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a whole number of dimensions, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value!r}")
-    return int(value)
-
-
-def _predicate(value: Any) -> Callable[..., bool] | str | None:
-    if isinstance(value, str) and value not in NAMED_TESTS:
-        raise TypeError(
-            f"where must be a function where(name, parameter, module), got the text {value!r}: YAML and checkpoints "
-            "keep only the name of a predicate; pass the rules with the function again, in code; known by name are "
-            f"{', '.join(NAMED_TESTS)}"
-        )
-    if value is not None and not isinstance(value, str) and not callable(value):
-        raise TypeError(f"where must be a function where(name, parameter, module), got {value!r}")
-    return value  # type: ignore[no-any-return]
-
-
-def _optional(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"optional must be True or False, got {value!r}")
-    return value
-
-
-def _group(value: Any) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value:
-        raise TypeError(f"group must be a name (text), got {value!r}")
-    name = safe_name(value)
-    if name in RESERVED_GROUPS:
-        raise ValueError(f"group {value!r} would clash with the logged total over all groups; choose another name")
-    return name
-
-
-def _options(value: Any) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise TypeError(f"options must be a mapping of the optimizer's options, such as {{'lr': 1e-4}}, got {value!r}")
-    for name in value:
-        if not isinstance(name, str):
-            raise TypeError(f"options must have text as keys, got {name!r}")
-        if name in _SET_BY_THE_RULE:
-            raise ValueError(f"options may not hold {name!r}: the rule itself sets it")
-    options = {name: _option(option) for name, option in value.items()}
-    if isinstance(options.get("lr"), (int, float, str, tuple)):  # not a tensor, which torch takes too
-        options["lr"] = nonnegative_number("lr", options["lr"])  # torch checks its defaults only
-    return options
-
-
-def _option(value: Any) -> Any:
-    """An option as an optimizer takes it, and a checkpoint keeps it.
-
-    Numbers of any kind, and those that came as text (YAML's ``1e-3``), are Python's own; lists and arrays are tuples.
-    """
-    if isinstance(value, str):
-        number = number_of(value)
-        return str(value) if number is None else number
-    if is_array(value):
-        return _option(value.tolist())
-    if isinstance(value, Mapping):
-        return {key: _option(entry) for key, entry in value.items()}
-    if isinstance(value, Sequence):
-        return tuple(_option(entry) for entry in value)
-    return plain_number(value)
-
-
-def equal_options(a: Any, b: Any) -> bool:
-    """Whether two values of options are equal, tensors included."""
-    if hasattr(a, "tolist") and hasattr(b, "tolist"):
-        return type(a) is type(b) and bool(a.tolist() == b.tolist())
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(equal_options(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(equal_options, a, b))
-    return not (hasattr(a, "tolist") or hasattr(b, "tolist")) and bool(a == b)
-
-
-def name_of_test(where: Any) -> str:
-    """A named test or a predicate as text."""
-    return where if isinstance(where, str) else function_name(where)
-
-
-def function_name(function: Any) -> str:
-    """What a function, or an object that is called, goes by."""
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
-
-
-def shorter(value: Any) -> Any:
-    """Selectors as a user would write them: one alone, several in a list."""
-    if not isinstance(value, tuple):
-        return value
-    return value[0] if len(value) == 1 else list(value)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 RULES: dict[str, Any] = {"*.bias": 0.0, "1.*": 0.3, "2.weight": {"decay_mult": 2.0}, "*": 0.05}
+LR_RULES: dict[str, Any] = {"2.*": {"lr_mult": 0.25}, "norm": {"modules": "LayerNorm", "lr_mult": 3.0}}
 OWN = 0.1
 """The weight decay that the optimizers below have themselves."""
 PIXELS = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
@@ -28,6 +29,11 @@ def strength(group: str, own: float = OWN) -> float:
     return {"bias": 0.0, "1": 0.3, "2": 2.0 * own, "rest": 0.05}[group]
 
 
+def factor(name: str) -> float:
+    """What the lr rules make of a name."""
+    return 0.25 if name.startswith("2.") else 3.0 if name.startswith("1.") else 1.0
+
+
 def one_group(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": list(model.parameters())}]
 
@@ -36,17 +42,25 @@ def two_groups(model: Any) -> list[dict[str, Any]]:
     return [{"params": list(model[0].parameters())}, {"params": [*model[1].parameters(), *model[2].parameters()]}]
 
 
-def cut(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same groups with one for each decay group in them, in the order of their first members."""
+def cut(model: nn.Module, groups: list[dict[str, Any]], lr: Any = None) -> list[dict[str, Any]]:
+    """The same groups with one for each decay group in them, in the order of their first members.
+
+    Args:
+        model: the model.
+        groups: its param groups.
+        lr: that of the optimizer, where lr rules are to cross.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = []
     for group in groups:
-        members: dict[str, list[nn.Parameter]] = {}
+        members: dict[tuple[str, float], list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            members.setdefault(decay_group(names[parameter]), []).append(parameter)
+            name = names[parameter]
+            members.setdefault((decay_group(name), 1.0 if lr is None else factor(name)), []).append(parameter)
         own = group.get("weight_decay", OWN)
-        for name, params in members.items():
-            found.append({**group, "params": params, "weight_decay": strength(name, own)})
+        for (name, lr_mult), params in members.items():
+            lrs = {} if lr is None else {"lr": lr_mult * lr}
+            found.append({**group, "params": params, "weight_decay": strength(name, own), **lrs})
     return found
 
 

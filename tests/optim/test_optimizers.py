@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from optim.by_hand import OWN, RULES, AsItWas, cut, net, one_group, train, two_groups, weights
+from optim.by_hand import LR_RULES, OWN, RULES, AsItWas, cut, net, one_group, train, two_groups, weights
 
 from lightning_regdecay import apply_decay_rules, groups_in_force
 
@@ -45,18 +45,26 @@ OPTIMIZERS = {
 }
 
 
+ONE_LR = ("Prodigy", "pytorch-optimizer's Prodigy", "pytorch-optimizer's DAdaptAdam")
+"""Those that refuse param groups of different lr."""
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("closure", [False, True], ids=["", "closure"])
-def test_trains_as_with_groups_by_hand(kind, closure):
+@pytest.mark.parametrize("lr_rules", [None, LR_RULES], ids=["", "lr rules"])
+def test_trains_as_with_groups_by_hand(kind, closure, lr_rules):
+    if lr_rules and kind in ONE_LR:
+        pytest.skip("takes one lr only")
     found = []
     for rules in (None, RULES):
         for groups_of in (one_group, two_groups):
             torch.manual_seed(3)
             model = net()
-            groups = groups_of(model) if rules else cut(model, groups_of(model))
+            lr = None if lr_rules is None else OPTIMIZERS[kind](one_group(net())).param_groups[0]["lr"]
+            groups = groups_of(model) if rules else cut(model, groups_of(model), lr)
             optimizer = OPTIMIZERS[kind](groups)
             if rules:
-                apply_decay_rules(optimizer, model, rules)
+                apply_decay_rules(optimizer, model, rules, lr_rules=lr_rules)
             before = AsItWas(optimizer)
             if hasattr(optimizer, "train"):
                 optimizer.train()

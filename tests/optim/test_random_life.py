@@ -51,6 +51,15 @@ RULES = (
     ({"*.weight": {"decay_mult": 0.25}}, of_weights),
 )
 """Each with the λ of a parameter by its name and what its group has."""
+LR_RULES = (
+    (None, lambda name: 1.0),
+    (
+        {"head.*": {"lr_mult": 2.0}, "*norm*": {"lr_mult": 0.5}},
+        lambda name: {"head": 2.0, "norm": 0.5}.get(name[:4], 1.0),
+    ),
+    ({"weights": {"params": "*.weight", "lr_mult": 0.25}}, lambda name: 0.25 if name.endswith("weight") else 1.0),
+)
+"""Each with the factor on the lr of a parameter by its name."""
 
 
 def of_each(model, groups):
@@ -78,6 +87,7 @@ class Life:
         foreach = self.random.random() < 0.5
         self.optimizer = build(self.two_groups(), foreach)
         self.rules, self.strength = RULES[0]
+        self.lr_rules, self.factor = self.random.choice(LR_RULES)
         self.again()
         self.by_hand = build([{"params": list(self.twin.parameters())}], foreach)
         self.steps_done = 0
@@ -115,10 +125,11 @@ class Life:
         self.again()
 
     def again(self):
-        apply_decay_rules(self.optimizer, self.model, self.rules, strict=False)
+        apply_decay_rules(self.optimizer, self.model, self.rules, lr_rules=self.lr_rules, strict=False)
 
     def other_rules(self):
         self.rules, self.strength = self.random.choice(RULES)
+        self.lr_rules, self.factor = self.random.choice(LR_RULES)
         self.again()
 
     def add(self):
@@ -227,6 +238,7 @@ class Life:
                 **group,
                 "params": [self.twin.get_parameter(names[parameter])],
                 "weight_decay": self.strength(names[parameter], group["weight_decay"]),
+                "lr": self.factor(names[parameter]) * group["lr"],
             }
             for group in self.optimizer.param_groups
             for parameter in group["params"]

@@ -682,7 +682,10 @@ def test_options_other_than_the_strength_are_refused(option):
     model = net()
     optimizer = adamw(one_group(model))
     before = dict(vars(optimizer))
-    with pytest.raises(ValueError, match=r"has the options .* rules set the weight decay alone: build it over them"):
+    with pytest.raises(
+        ValueError,
+        match=r"has the options .* rules set the weight decay and a factor on the lr \(lr_mult\) alone: build",
+    ):
         apply_decay_rules(optimizer, model, {"*": DecayRule(0.1, options=option)})
     assert vars(optimizer) == before
 

@@ -15,8 +15,8 @@ from lightning_regdecay import DecayRule
 from lightning_regdecay.rules.exporting import rules_as_yaml
 from lightning_regdecay.rules.forms import parse_rules
 from lightning_regdecay.rules.presets import PRESETS
-from lightning_regdecay.rules.rules import class_path
 from lightning_regdecay.rules.schedules import DecaySchedule
+from lightning_regdecay.rules.selectors import class_path
 
 STRENGTHS = st.floats(0, allow_infinity=False, allow_nan=False)
 NUMBERS = STRENGTHS | STRENGTHS.map(repr) | st.sampled_from([0, 3, "1e-3", " 5e-2 ", 1e22, 5e-324, "1E5"])

@@ -46,7 +46,7 @@ def test_param_groups_stay_theirs(sharded):
 
 def test_each_part_is_named(sharded):
     for report in sharded:
-        assert report["in force"] == {"0.rest": 0.3, "0.bias": 0.0, "norm": 0.05, "1.rest": 0.3, "1.bias": 0.0}
+        assert report["in force"] == {"rest": 0.3, "bias": 0.0, "norm": 0.05, "head.rest": 0.3, "head.bias": 0.0}
 
 
 def test_rules_are_added_to_an_old_run(sharded):

@@ -20,11 +20,12 @@ from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor, 
 from lightning_regdecay.rules.schedules import DecaySchedule
 
 STRENGTHS = {"*.bias": 0.0, "*norm*": {"decay_mult": 0.5}, "*": 0.3}
+LR_RULES = {"*head*": {"lr_mult": 0.5}}
 FALLING = [DecayRule(0.0, params="*.bias"), DecayRule(DecaySchedule("linear", 0.6, 0.0), group="rest")]
 
 
 def by_hand(model: torch.nn.Module, theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A param group for each part of theirs, with the λ of STRENGTHS."""
+    """A param group for each part of theirs, with the λ of STRENGTHS and the lr of LR_RULES."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = []
     for group in theirs:
@@ -34,7 +35,9 @@ def by_hand(model: torch.nn.Module, theirs: list[dict[str, Any]]) -> list[dict[s
             norm = "norm" in name
             strength = 0.0 if name.endswith(".bias") else 0.5 * group.get("weight_decay", 0.1) if norm else 0.3
             kinds.setdefault(strength, []).append(parameter)
-        found += [{**group, "params": params, "weight_decay": strength} for strength, params in kinds.items()]
+        # All of the head are in one group, the second one.
+        lr = {"lr": 0.5 * group["lr"]} if "head" in names[group["params"][0]] else {}
+        found += [{**group, "params": params, "weight_decay": strength, **lr} for strength, params in kinds.items()]
     return found
 
 
@@ -63,6 +66,7 @@ class LitTheirsByHand(LitTheirs):
 
 class LitRuled(WeightDecayMixin, LitTheirs):
     decay_rules = STRENGTHS
+    lr_rules = LR_RULES
 
 
 class LitFalling(WeightDecayMixin, LitTheirs):
@@ -117,7 +121,7 @@ def fsdp2(out: Path) -> dict[str, Any]:
     ruled, hand, carried = LitRuled("fsdp nested"), LitTheirsByHand("fsdp nested"), LitTheirs("fsdp nested")
     run = fit(ruled, sharded())
     fit(hand, sharded())
-    fit(carried, sharded(), callbacks=[WeightDecayRules(STRENGTHS)])
+    fit(carried, sharded(), callbacks=[WeightDecayRules(STRENGTHS, lr_rules=LR_RULES)])
     run.save_checkpoint(out / "ruled")
     old = fit(LitTheirs("fsdp nested"), sharded())
     old.save_checkpoint(out / "old")
@@ -151,10 +155,10 @@ def fit_in_force(model: Any) -> list[dict[str, Any]]:
 
 def zero_redundancy(out: Path) -> dict[str, Any]:
     ruled = LitZero()
-    fit(ruled, "ddp", callbacks=[WeightDecayRules(STRENGTHS)])
+    fit(ruled, "ddp", callbacks=[WeightDecayRules(STRENGTHS, lr_rules=LR_RULES)])
     hand = LitZeroByHand()
     run = fit(hand, "ddp")
-    mixed = type("Mixed", (WeightDecayMixin, LitZero), {"decay_rules": STRENGTHS})()
+    mixed = type("Mixed", (WeightDecayMixin, LitZero), {"decay_rules": STRENGTHS, "lr_rules": LR_RULES})()
     mixed_run = fit(mixed, "ddp")
     return {
         "as by hand": equal(ruled, hand),
