@@ -151,6 +151,11 @@ def _conditions(rule: Rule) -> Iterable[_Condition]:
 
 
 def _where(rule: Rule, test: _Test, place: ModelParameter) -> Any:
+    if rule.where == "unexpected":
+        raise ValueError(
+            f"the rules say that there is no parameter such as {place.name!r} (where: unexpected): other layers, or "
+            "others in number, than they were written for; mend them, or the arguments of the preset that they are of"
+        )
     try:
         return bool(test(place))
     except Exception as error:
@@ -208,10 +213,7 @@ def _asked(lister: nn.Module, method: str) -> list[str]:
 
 
 def _unexpected_test() -> _Test:
-    def test(place: ModelParameter) -> bool:
-        raise ValueError("the rule says that no parameter is to match its other selectors")
-
-    return test
+    return lambda place: True
 
 
 _NAMED_TESTS: dict[str, Callable[[], _Test]] = {

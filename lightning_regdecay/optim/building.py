@@ -59,6 +59,7 @@ def build_over(groups: DecayGroups, build_optimizer: Callable[..., Any]) -> Any:
         raise TypeError(f"build_optimizer must return a torch.optim.Optimizer, got {optimizer!r}")
     kind = type(optimizer).__name__
     check_decays([optimizer])
+    _name_groups(optimizer, param_groups)
     if [param_group.get("name") for param_group in optimizer.param_groups] != groups.names:
         raise ValueError(
             f"{kind} was not built over the decay groups {groups.names}; build_optimizer must pass on the param_groups "
@@ -67,6 +68,21 @@ def build_over(groups: DecayGroups, build_optimizer: Callable[..., Any]) -> Any:
     check_options(optimizer, groups)
     _set_strengths(optimizer, groups, param_groups)
     return optimizer
+
+
+def _name_groups(optimizer: Any, given: Sequence[Mapping[str, Any]]) -> None:
+    """Name the param groups of an optimizer that takes no keys but its own, and sorts, as the reference of Muon."""
+    own = optimizer.param_groups
+    if len(own) != len(given):
+        return
+    for group, asked in zip(own, given):
+        names = dict(zip(map(id, asked["params"]), asked[NAMES_KEY]))
+        if len(group["params"]) != len(names) or any(id(parameter) not in names for parameter in group["params"]):
+            return
+        if "name" not in group:
+            group.update({key: value for key, value in asked.items() if key not in group})
+        if NAMES_KEY in group:
+            group[NAMES_KEY] = [names[id(parameter)] for parameter in group["params"]]
 
 
 def _set_strengths(optimizer: Any, groups: DecayGroups, given: Sequence[Mapping[str, Any]]) -> None:

@@ -2,19 +2,40 @@
 
 Each function returns a list of rules as one would write them in YAML, to be used alone or after rules of one's own. In
 all of them ``weight_decay`` is the λ (or the schedule) of what decays; without it, that keeps the optimizer's own, in
-the group ``default``. All their rules are ``optional``: one that takes nothing in a model is no mistake.
+the group ``default``. All their rules are ``optional``: one that takes nothing in a model is no mistake. What a model
+marks by ``parameter._no_weight_decay = True``, as Mamba and S4 do, does not decay, whether the convention knows of that
+or not.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
+from lightning_regdecay.rules.by_layer import PlainRules, flag, layerwise_lr_rules, layerwise_rules
+from lightning_regdecay.rules.muon import EMBEDDINGS, muon_lr_rules, muon_rules
 from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.scalars import number_of
 
-PlainRules: TypeAlias = list[dict[str, Any]]
+__all__ = [
+    "LR_PRESETS",
+    "PRESETS",
+    "detectron2_rules",
+    "dino_rules",
+    "dinov2_rules",
+    "layerwise_lr_rules",
+    "layerwise_rules",
+    "lightly_rules",
+    "lightly_train_rules",
+    "mmengine_rules",
+    "muon_lr_rules",
+    "muon_rules",
+    "ndim_rules",
+    "timm_rules",
+    "transformers_examples_rules",
+    "transformers_rules",
+]
 
 _BATCH_NORM = "torch.nn.modules.batchnorm._BatchNorm"
 _NORM_BASE = "torch.nn.modules.batchnorm._NormBase"
@@ -29,7 +50,7 @@ _TOKENS = (
 """Tokens, position embeddings and layer scales of vision transformers."""
 
 
-def ndim_rules(weight_decay: Any = None, *, embeddings: bool = True) -> PlainRules:
+def ndim_rules(weight_decay: Any = None, *, embeddings: bool = True, marks: bool = True) -> PlainRules:
     """What has two or more dimensions decays, as in nanoGPT and most code for language models.
 
     Source: ``configure_optimizers`` in `nanoGPT <https://github.com/karpathy/nanoGPT/blob/master/model.py>`_.
@@ -38,17 +59,19 @@ def ndim_rules(weight_decay: Any = None, *, embeddings: bool = True) -> PlainRul
         weight_decay: λ of what decays.
         embeddings: False leaves out embedding tables, which the convention decays. Their norm then shrinks, and
             gradients grow in the layers after them (OLMo 2, `arXiv 2501.00656 <https://arxiv.org/abs/2501.00656>`_).
+        marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
 
     >>> for rule in ndim_rules(0.1):
     ...     print(rule)
     {'max_ndim': 1, 'weight_decay': 0.0, 'group': 'no_decay', 'optional': True}
+    {'where': 'marked', 'weight_decay': 0.0, 'group': 'no_decay', 'optional': True}
     {'weight_decay': 0.1, 'group': 'decay', 'optional': True}
     """
-    tables = [] if _flag("embeddings", embeddings) else [{"modules": ["torch.nn.Embedding", "torch.nn.EmbeddingBag"]}]
-    return _rules({"max_ndim": 1}, *tables, weight_decay=weight_decay)
+    tables = [] if flag("embeddings", embeddings) else [{"modules": EMBEDDINGS}]
+    return _rules({"max_ndim": 1}, *tables, weight_decay=weight_decay, marks=marks)
 
 
-def timm_rules(weight_decay: Any = None, *, keywords: bool = False) -> PlainRules:
+def timm_rules(weight_decay: Any = None, *, keywords: bool = False, marks: bool = True) -> PlainRules:
     """Biases, 1-D parameters and what the model lists in ``no_weight_decay()`` do not decay, as in timm, Swin and BEiT.
 
     The list is that of the outermost module that has one, with names (or globs) as seen from there, so a model that is
@@ -65,14 +88,19 @@ def timm_rules(weight_decay: Any = None, *, keywords: bool = False) -> PlainRule
         weight_decay: λ of what decays.
         keywords: True to leave out names with a part that the model lists in ``no_weight_decay_keywords()`` as well, as
             Swin does. timm does not ask for them, though its TinyViT lists some.
+        marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
     """
-    lists = ["no_weight_decay"] + ["no_weight_decay_keywords"] * _flag("keywords", keywords)
+    lists = ["no_weight_decay"] + ["no_weight_decay_keywords"] * flag("keywords", keywords)
     return _rules(
-        {"max_ndim": 1}, {"params": "*.bias"}, *({"where": name} for name in lists), weight_decay=weight_decay
+        {"max_ndim": 1},
+        {"params": "*.bias"},
+        *({"where": name} for name in lists),
+        weight_decay=weight_decay,
+        marks=marks,
     )
 
 
-def transformers_rules(weight_decay: Any = None, *, all_norms: bool = False) -> PlainRules:
+def transformers_rules(weight_decay: Any = None, *, all_norms: bool = False, marks: bool = True) -> PlainRules:
     """``nn.LayerNorm`` and names with "bias" or a word for a norm do not decay, as in transformers' ``Trainer``.
 
     Source: ``Trainer.get_decay_parameter_names`` in `transformers 5
@@ -82,12 +110,15 @@ def transformers_rules(weight_decay: Any = None, *, all_norms: bool = False) -> 
         weight_decay: λ of what decays.
         all_norms: True for norm layers of every class. The convention misses those that are no ``nn.LayerNorm`` and
             have no norm in their name: ``bn1``, ``ln_f``, ``normalization``, a norm in a ``Sequential``.
+        marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
     """
     names = r"re:(?i)bias|layernorm|rmsnorm|(^|\.)norm($|\.)|_norm($|\.)"
-    return _rules({"params": names}, {"modules": _norms([_LAYER_NORM], all_norms)}, weight_decay=weight_decay)
+    return _rules(
+        {"params": names}, {"modules": _norms([_LAYER_NORM], all_norms)}, weight_decay=weight_decay, marks=marks
+    )
 
 
-def transformers_examples_rules(weight_decay: Any = None, *, all_norms: bool = False) -> PlainRules:
+def transformers_examples_rules(weight_decay: Any = None, *, all_norms: bool = False, marks: bool = True) -> PlainRules:
     """Names with "bias" or "LayerNorm.weight" in them do not decay, as in transformers' examples without a ``Trainer``.
 
     Source: ``run_glue_no_trainer.py`` in `transformers' examples
@@ -98,13 +129,19 @@ def transformers_examples_rules(weight_decay: Any = None, *, all_norms: bool = F
         weight_decay: λ of what decays.
         all_norms: True for norm layers of every class and name. The convention finds those of BERT and its kin only
             (`transformers issue 42754 <https://github.com/huggingface/transformers/issues/42754>`_).
+        marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
     """
-    norms = [{"modules": _EVERY_NORM}] if _flag("all_norms", all_norms) else []
-    return _rules({"params": ["*bias*", "*LayerNorm.weight*"]}, *norms, weight_decay=weight_decay)
+    norms = [{"modules": _EVERY_NORM}] if flag("all_norms", all_norms) else []
+    return _rules({"params": ["*bias*", "*LayerNorm.weight*"]}, *norms, weight_decay=weight_decay, marks=marks)
 
 
 def detectron2_rules(
-    weight_decay: Any = None, *, norm: Any = 0.0, bias: Any = None, all_norms: bool = False
+    weight_decay: Any = None,
+    *,
+    norm: Any = 0.0,
+    bias: Any = None,
+    all_norms: bool = False,
+    marks: bool = True,
 ) -> PlainRules:
     """Norms and biases have a λ of their own, and a norm's bias that of the biases, as in detectron2.
 
@@ -117,8 +154,10 @@ def detectron2_rules(
         bias: λ of biases, ``SOLVER.WEIGHT_DECAY_BIAS``; None for no difference.
         all_norms: True for norm layers of every class. The convention knows torch's own, and misses every RMSNorm and
             LayerNorm that a model defines itself.
+        marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
     """
     return [
+        *_marked(marks),
         *_rule("bias", bias, params=r"re:(^|\.)bias$"),
         *_rule("norm", norm, modules=_norms([_BATCH_NORM, _INSTANCE_NORM, _GROUP_NORM, _LAYER_NORM], all_norms)),
         *_rule("decay", weight_decay),
@@ -133,6 +172,7 @@ def mmengine_rules(
     depthwise: Any = None,
     flat: Any = None,
     all_norms: bool = False,
+    marks: bool = True,
 ) -> PlainRules:
     """Norms, biases, depthwise convolutions and 1-D parameters have a λ of their own, as in mmengine.
 
@@ -151,8 +191,10 @@ def mmengine_rules(
         flat: λ of other 1-D parameters, for ``flat_decay_mult``.
         all_norms: True for norm layers of every class. The convention knows torch's own, and misses every RMSNorm and
             LayerNorm that a model defines itself.
+        marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
     """
     return [
+        *_marked(marks),
         *_rule("norm", norm, modules=_norms([_BATCH_NORM, _INSTANCE_NORM, _GROUP_NORM, _LAYER_NORM], all_norms)),
         *_rule("bias", bias, params=r"re:(^|\.)bias$"),
         *_rule("depthwise", depthwise, modules="torch.nn.Conv2d", where="depthwise"),
@@ -161,7 +203,7 @@ def mmengine_rules(
     ]
 
 
-def dino_rules(weight_decay: Any = None, *, tokens: bool = True) -> PlainRules:
+def dino_rules(weight_decay: Any = None, *, tokens: bool = True, marks: bool = True) -> PlainRules:
     """Biases and 1-D parameters do not decay, as in DINO.
 
     Source: ``get_params_groups`` in `DINO <https://github.com/facebookresearch/dino/blob/main/utils.py>`_.
@@ -170,13 +212,20 @@ def dino_rules(weight_decay: Any = None, *, tokens: bool = True) -> PlainRules:
         weight_decay: λ of what decays; in DINO it grows, ``{"schedule": "cosine", "start": 0.04, "end": 0.4}``.
         tokens: False leaves out tokens, position embeddings and layer scales, which the convention decays where they
             have two or more dimensions.
+        marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
     """
     return _rules(
-        {"min_ndim": 1, "max_ndim": 1}, {"params": "*.bias"}, *_token_rules(tokens), weight_decay=weight_decay
+        {"min_ndim": 1, "max_ndim": 1},
+        {"params": "*.bias"},
+        *_token_rules(tokens),
+        weight_decay=weight_decay,
+        marks=marks,
     )
 
 
-def dinov2_rules(weight_decay: Any = None, *, tokens: bool = True, all_norms: bool = False) -> PlainRules:
+def dinov2_rules(
+    weight_decay: Any = None, *, tokens: bool = True, all_norms: bool = False, marks: bool = True
+) -> PlainRules:
     """Biases and names with "norm" or "gamma" (layer scale) in them do not decay, as in DINOv2.
 
     Without its factors on the lr. Source: ``get_params_groups_with_decay`` in `DINOv2
@@ -186,13 +235,16 @@ def dinov2_rules(weight_decay: Any = None, *, tokens: bool = True, all_norms: bo
         weight_decay: λ of what decays; in DINOv2 it grows, ``{"schedule": "cosine", "start": 0.04, "end": 0.2}``.
         tokens: False leaves out tokens, position embeddings and all layer scales, which the convention decays.
         all_norms: True for norm layers of every name. The convention misses those without "norm" in theirs.
+        marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
     """
-    norms = [{"modules": _EVERY_NORM}] if _flag("all_norms", all_norms) else []
+    norms = [{"modules": _EVERY_NORM}] if flag("all_norms", all_norms) else []
     names = {"params": ["*.bias", "*norm*", "*gamma*"]}
-    return _rules(names, *norms, *_token_rules(tokens), weight_decay=weight_decay)
+    return _rules(names, *norms, *_token_rules(tokens), weight_decay=weight_decay, marks=marks)
 
 
-def lightly_rules(weight_decay: Any = None, *, tokens: bool = True, all_norms: bool = False) -> PlainRules:
+def lightly_rules(
+    weight_decay: Any = None, *, tokens: bool = True, all_norms: bool = False, marks: bool = True
+) -> PlainRules:
     """Biases and torch's norm layers do not decay, as in lightly.
 
     Source: ``get_weight_decay_parameters`` in `lightly
@@ -202,12 +254,13 @@ def lightly_rules(weight_decay: Any = None, *, tokens: bool = True, all_norms: b
         weight_decay: λ of what decays.
         tokens: False leaves out tokens, position embeddings and layer scales, which the convention decays.
         all_norms: True for norm layers of every class. The convention misses those that a model defines itself.
+        marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
     """
     norms = {"modules": _norms([_NORM_BASE, _GROUP_NORM, _LAYER_NORM], all_norms)}
-    return _rules({"params": "*bias"}, norms, *_token_rules(tokens), weight_decay=weight_decay)
+    return _rules({"params": "*bias"}, norms, *_token_rules(tokens), weight_decay=weight_decay, marks=marks)
 
 
-def lightly_train_rules(weight_decay: Any = None, *, query_projections: bool = False) -> PlainRules:
+def lightly_train_rules(weight_decay: Any = None, *, query_projections: bool = False, marks: bool = True) -> PlainRules:
     """Biases, 1-D parameters, norms, embeddings, tokens, queries and scales do not decay, as in LightlyTrain.
 
     Source: ``get_weight_decay_parameters`` in `LightlyTrain
@@ -217,10 +270,11 @@ def lightly_train_rules(weight_decay: Any = None, *, query_projections: bool = F
         weight_decay: λ of what decays.
         query_projections: True to decay linear layers with "query" in their name. The convention means learned queries,
             and leaves out the matrices that project onto queries in every attention of transformers' models too.
+        marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
     """
     projections = (
         [{"decay_mult": 1.0} if weight_decay is None else {"weight_decay": weight_decay}]
-        if _flag("query_projections", query_projections)
+        if flag("query_projections", query_projections)
         else []
     )
     linear = {"modules": "torch.nn.Linear", "params": ["*query.weight", "*queries.weight"], "min_ndim": 2}
@@ -234,9 +288,10 @@ def lightly_train_rules(weight_decay: Any = None, *, query_projections: bool = F
         *_rules(
             {"max_ndim": 1},
             {"modules": [_NORM_BASE, _GROUP_NORM, _LAYER_NORM, _EVERY_NORM]},
-            {"modules": ["torch.nn.Embedding", "torch.nn.EmbeddingBag"]},
+            {"modules": EMBEDDINGS},
             {"params": [rf"re:(^|\.)({words})(\.|$)", f"re:{parts}"]},
             weight_decay=weight_decay,
+            marks=marks,
         ),
     ]
 
@@ -252,9 +307,14 @@ PRESETS: dict[str, Callable[..., PlainRules]] = {
     "dinov2": dinov2_rules,
     "lightly": lightly_rules,
     "lightly_train": lightly_train_rules,
+    "layerwise": layerwise_rules,
+    "muon": muon_rules,
 }
 """The presets by the names that they have in plain data."""
-LR_PRESETS: dict[str, Callable[..., PlainRules]] = {}
+LR_PRESETS: dict[str, Callable[..., PlainRules]] = {
+    "layerwise": layerwise_lr_rules,
+    "muon": muon_lr_rules,
+}
 """Those for lr rules."""
 
 
@@ -292,10 +352,15 @@ def preset_rules(given: Mapping[str, Any], presets: Mapping[str, Callable[..., P
     return presets[name](**arguments)
 
 
-def _rules(*selectors: dict[str, Any], weight_decay: Any) -> PlainRules:
+def _marked(marks: bool) -> PlainRules:
+    """What the model has marked does not decay."""
+    return _rule("no_decay", 0.0, where="marked") if flag("marks", marks) else []
+
+
+def _rules(*selectors: dict[str, Any], weight_decay: Any, marks: bool) -> PlainRules:
     """What does not decay, by any of some selectors, and the rest, which does."""
     without = [rule for selector in selectors for rule in _rule("no_decay", 0.0, **selector)]
-    return [*without, *_rule("decay", weight_decay)]
+    return [*without, *_marked(marks), *_rule("decay", weight_decay)]
 
 
 def _rule(group: str, weight_decay: Any, **selector: Any) -> PlainRules:
@@ -305,14 +370,8 @@ def _rule(group: str, weight_decay: Any, **selector: Any) -> PlainRules:
 
 
 def _norms(classes: list[str], all_norms: bool) -> list[str]:
-    return [*classes, _EVERY_NORM] if _flag("all_norms", all_norms) else classes
+    return [*classes, _EVERY_NORM] if flag("all_norms", all_norms) else classes
 
 
 def _token_rules(decay: bool) -> PlainRules:
-    return [] if _flag("tokens", decay) else [{"params": _TOKENS}]
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
+    return [] if flag("tokens", decay) else [{"params": _TOKENS}]

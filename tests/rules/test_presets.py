@@ -26,6 +26,9 @@ from lightning_regdecay.rules.presets import (
 )
 from lightning_regdecay.rules.schedules import DecaySchedule
 
+CONVENTIONAL = [name for name in PRESETS if name not in ("layerwise", "muon")]
+"""Those that fit every model and need no argument."""
+
 
 class RMSNorm(nn.Module):
     """A norm that no list of torch's classes has."""
@@ -363,8 +366,25 @@ class TestWhatTheModelLists:
         assert "does not take it: 'no_weight_decay' is false for it" in groups.explain("head.weight")
 
 
+class TestMarks:
+    """As Mamba and S4 mark parameters, for code of their own to find."""
+
+    @pytest.mark.parametrize("name", [*CONVENTIONAL, "muon"])
+    def test_what_is_marked_does_not_decay(self, name):
+        model = Vision()
+        model.head.weight._no_weight_decay = True
+        model.blocks[1].mlp[0].weight._no_weight_decay = False
+        before = {"preset": name, "weight_decay": 0.1, **({"adamw_weight_decay": 0.1} if name == "muon" else {})}
+        assert moved(model, {**before, "marks": False}, before) == ["head.weight"]
+        assert decays(model, before)["head.weight"] == 0.0
+
+    def test_an_option_of_another_kind_is_told(self):
+        with pytest.raises(TypeError, match="marks must be True or False, got 1"):
+            timm_rules(0.1, marks=1)
+
+
 class TestAnyModel:
-    @pytest.mark.parametrize("name", PRESETS)
+    @pytest.mark.parametrize("name", CONVENTIONAL)
     @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.LayerNorm(2), nn.Embedding(2, 2), Net(), Vision()])
     @pytest.mark.filterwarnings("error")
     def test_a_preset_fits_every_model(self, name, model):
@@ -373,7 +393,7 @@ class TestAnyModel:
             assert list(found) != []
             assert set(found) == {n for n, _ in model.named_parameters()}
 
-    @pytest.mark.parametrize("name", PRESETS)
+    @pytest.mark.parametrize("name", CONVENTIONAL)
     def test_without_a_strength_what_decays_keeps_the_optimizers_own(self, name):
         model = Vision()
         own = decays(model, {"preset": name})
@@ -407,7 +427,7 @@ class TestByName:
         with pytest.raises(ValueError, match=r"unknown preset 'tim'; did you mean 'timm'\?"):
             parse_rules("tim")
 
-    @pytest.mark.parametrize("name", PRESETS)
+    @pytest.mark.parametrize("name", CONVENTIONAL)
     def test_is_the_same_as_in_code(self, name):
         assert parse_rules({"preset": name, "weight_decay": 0.1}) == parse_rules(PRESETS[name](0.1))
 
@@ -450,7 +470,11 @@ class TestByName:
             ({"preset": "tim"}, ValueError, "unknown preset 'tim'; did you mean 'timm'?"),
             ({"preset": "xyz"}, ValueError, "unknown preset 'xyz'; known are detectron2, dino, "),
             ([{"preset": "tim"}], ValueError, "unknown preset 'tim'; did you mean 'timm'?"),
-            ({"preset": "timm", "wd": 0.1}, TypeError, "'timm' has no argument 'wd'; known are keywords, weight_decay"),
+            (
+                {"preset": "timm", "wd": 0.1},
+                TypeError,
+                "'timm' has no argument 'wd'; known are keywords, marks, weight_decay",
+            ),
             ({"preset": "timm", "weight_decay": -1}, ValueError, "preset 'timm': weight_decay must be a finite number"),
             ({"preset": "timm", "*.bias": 0.1}, TypeError, r"preset 'timm' has no argument '\*.bias'"),
             ({"preset": "timm", "keywords": "yes"}, TypeError, "keywords must be True or False, got 'yes'"),
