@@ -6,6 +6,7 @@ All public names are here; what is slow to import, or needs an extra, is importe
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def __getattr__(name: str) -> Any:
     if name in _WHERE:
         if name == "presets":
             return importlib.import_module("lightning_regdecay.rules.presets")
+        if name in ("WeightDecayMixin", "WeightDecayRules"):
+            _import_callbacks()
         value = getattr(importlib.import_module(f"lightning_regdecay.{_WHERE[name]}"), name)
         globals()[name] = value
         return value
@@ -81,5 +84,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; {hint(name, __all__)}")
 
 
+def _import_callbacks() -> None:
+    """Import the callbacks, as LightningCLI knows by their short names those that are imported."""
+    importlib.import_module("lightning_regdecay.monitor")  # which imports that of the rules
+
+
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
+
+
+if not {"lightning.pytorch.cli", "pytorch_lightning.cli"}.isdisjoint(sys.modules):
+    _import_callbacks()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn, cast
 
@@ -20,12 +20,14 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 try:
+    from jsonargparse import Namespace
     from jsonargparse._typehints import ActionTypeHint
 except ModuleNotFoundError as error:  # LightningArgumentParser says so, with the command that installs it
     if str(error.name).partition(".")[0] != "jsonargparse":
         raise
     ActionTypeHint = object  # type: ignore[assignment,misc]
 
+import lightning_regdecay.monitor  # noqa: F401, so that its short name is known
 from lightning_regdecay.mixin import WeightDecayMixin, configure_own
 from lightning_regdecay.rules.forms import parse_rules, plain_rules
 from lightning_regdecay.rules.rules import DecayRule, is_schedule
@@ -43,8 +45,9 @@ _MODEL_ARGUMENTS = ("model", "model.init_args")
 class WeightDecayCLI(LightningCLI):
     """``LightningCLI`` for models with :class:`WeightDecayMixin`; takes the same arguments.
 
-    - An argument ``decay_rules`` of the model is checked when it is parsed, and each of its rules may be changed on the
-      command line: ``--model.decay_rules.head.* 0.01``, ``--model.decay_rules.no_decay.max_ndim 1``.
+    - An argument ``decay_rules``, of the model or a callback, is checked when it is parsed, and each of its rules may
+      be changed on the command line: ``--model.decay_rules.head.* 0.01``, ``--model.decay_rules.no_decay.max_ndim 1``.
+    - The callbacks of this package have short names: ``--trainer.callbacks WeightDecayMonitor``.
     - ``--optimizer`` and ``--lr_scheduler`` build over the decay groups.
     - The subcommand ``groups`` prints the groups, and with ``--parameter NAME`` why that parameter is where it is.
 
@@ -74,13 +77,13 @@ class WeightDecayCLI(LightningCLI):
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         config = self.config[subcommand] if subcommand else self.config
-        for path in _MODEL_ARGUMENTS:
-            rules = config.get(f"{path}.{_ARGUMENT}")
+        own = self._groups_parser if subcommand == _GROUPS else self._parser(subcommand)
+        for path, rules in _given_rules(config, own.callback_keys):
             if rules is not None:
                 try:
                     parse_rules(rules)
                 except (TypeError, ValueError) as error:
-                    parser.error(f"{path}.{_ARGUMENT}: {error}")
+                    parser.error(f"{path}: {error}")
 
     def _parse_ckpt_path(self) -> None:
         """As in Lightning, which takes the hyperparameters of a checkpoint; but decay rules that are given hold.
@@ -219,6 +222,22 @@ class WeightDecayCLI(LightningCLI):
         given = [init["class_path"].rpartition(".")[2] for init in (optimizer, lr_scheduler) if init is not None]
         for name in replaced:
             rank_zero_warn(f"{cls.__name__}.{name} is not used: the configuration has chosen {' and '.join(given)}")
+
+
+def _given_rules(config: Any, callback_keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """The decay rules of the model and of the callbacks, None where an argument is not there, after their paths.
+
+    Args:
+        config: of one subcommand.
+        callback_keys: the keys of callbacks that have arguments of their own.
+    """
+    for path in (*_MODEL_ARGUMENTS, *(f"{key}{end}" for key in callback_keys for end in ("", ".init_args"))):
+        yield f"{path}.{_ARGUMENT}", config.get(f"{path}.{_ARGUMENT}")
+    callbacks = config.get("trainer.callbacks")
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(callback, Namespace):
+            name = str(callback.get("class_path")).rpartition(".")[2]
+            yield f"trainer.callbacks: {name}.{_ARGUMENT}", callback.get(f"init_args.{_ARGUMENT}")
 
 
 def _configure_optimizers(model: WeightDecayMixin, customize: Any, optimizer: Any, lr_scheduler: Any) -> Any:

@@ -18,7 +18,7 @@ from helpers import RULES, LitBase, LitRules, members, run_python
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
-from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor, groups_in_force
+from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor, WeightDecayRules, groups_in_force
 from lightning_regdecay.cli import WeightDecayCLI
 
 PROGRAM = Path(__file__).with_name("cli_run.py")
@@ -283,6 +283,101 @@ class TestRulesAsAnArgument:
         ]
         error = refused(capsys, LitList, "--model.decay_rules", rules, "--model.decay_rules.*", 0.2, run=False)
         assert "rule '*' cannot be changed alone: these rules are a list, [{'weight_decay': 0.1}]" in error
+
+
+class TestCallbacks:
+    """By their short names, as Lightning's own."""
+
+    CONFIG = """
+trainer:
+  callbacks:
+  - {class_path: WeightDecayRules, init_args: {decay_rules: {"*.bias": 0.0, "*": 0.3}}}
+  - {class_path: WeightDecayMonitor, init_args: {every_n_steps: 2}}
+"""
+    SGD = ("--optimizer", "SGD", "--optimizer.lr", "0.1")
+    FLAGS = ("--trainer.callbacks=WeightDecayRules", "--trainer.callbacks.decay_rules")
+
+    @staticmethod
+    def logged(*args, **options):
+        metrics = cli(LitPlain, "fit", *args, *TestCallbacks.SGD, **options).trainer.callback_metrics
+        return {key: value.item() for key, value in metrics.items() if key.endswith("weight_decay")}
+
+    @pytest.mark.parametrize("cls", [WeightDecayCLI, LightningCLI])
+    def test_in_a_file(self, tmp_path, cls):
+        (tmp_path / "config.yaml").write_text(self.CONFIG)
+        logged = self.logged("-c", tmp_path / "config.yaml", cls=cls)
+        assert logged == {"decay/bias/weight_decay": 0.0, "decay/rest/weight_decay": 0.3}
+
+    @pytest.mark.parametrize("cls", [WeightDecayCLI, LightningCLI])
+    def test_on_the_command_line(self, cls):
+        rules, argument = self.FLAGS
+        args = [rules, argument + '={"*.bias": 0.0, "*": 0.3}', "--trainer.callbacks+=WeightDecayMonitor"]
+        assert self.logged(*args, cls=cls) == {"decay/bias/weight_decay": 0.0, "decay/rest/weight_decay": 0.3}
+
+    def test_single_rules_on_the_command_line(self):
+        rules, argument = self.FLAGS
+        monitor = "--trainer.callbacks+=WeightDecayMonitor"
+        given = argument + '={"head.*": 0.1, "*": 0.3}'
+        logged = self.logged(rules, given, f"{argument}.head.*=0.2", f"{argument}.head.*.min_ndim=2", monitor)
+        assert logged == {"decay/head/weight_decay": 0.2, "decay/rest/weight_decay": 0.3}
+
+    @pytest.mark.parametrize(
+        ("rules", "message"),
+        [
+            ({"*.bias": -1.0}, "decay rule '*.bias': weight_decay must be a finite number of at least 0, got -1.0"),
+            ({"head": {"parms": "head.*"}}, "decay rule 'head': unknown field 'parms'; did you mean 'params'?"),
+            ("tinm", "unknown preset 'tinm'; did you mean 'timm'?"),
+        ],
+    )
+    @pytest.mark.parametrize("alone", [True, False])
+    def test_a_wrong_rule_is_refused_by_name(self, tmp_path, capsys, rules, message, alone):
+        callback = {"class_path": "WeightDecayRules", "init_args": {"decay_rules": rules}}
+        callbacks = callback if alone else [{"class_path": "WeightDecayMonitor"}, callback]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+        error = refused(capsys, LitPlain, "fit", "-c", tmp_path / "config.yaml", *self.SGD)
+        assert f"error: trainer.callbacks: WeightDecayRules.decay_rules: {message}" in error
+
+    def test_a_wrong_rule_is_named_by_lightning_cli_too(self):
+        rules, argument = self.FLAGS
+        with pytest.raises(ValueError, match=r"decay rule '\*\.bias': weight_decay must be a finite number"):
+            self.logged(rules, argument + '={"*.bias": -1.0}', cls=LightningCLI)
+
+    @pytest.mark.parametrize("cls", [WeightDecayCLI, LightningCLI])
+    def test_a_rule_that_takes_nothing_ends_the_fit_before_it_trains(self, cls):
+        rules, argument = self.FLAGS
+        with pytest.raises(ValueError, match=r"decay rule 1 '\*\.bais' takes nothing"):
+            self.logged(rules, argument + '={"*.bais": 0.0}', cls=cls)
+
+    def test_with_a_key_of_its_own(self, capsys):
+        class CLI(WeightDecayCLI):
+            def add_arguments_to_parser(self, parser):
+                parser.add_lightning_class_args(WeightDecayRules, "rules")
+
+        args = ['--rules.decay_rules={"*": 0.3}', "--rules.decay_rules.head.*"]
+        (optimizer,) = cli(LitPlain, "fit", *self.SGD, args[0], cls=CLI).trainer.optimizers
+        assert [group["weight_decay"] for group in groups_in_force(optimizer)] == [0.3]
+        error = refused(capsys, LitPlain, "fit", *self.SGD, *args, "-1", cls=CLI)
+        assert "error: rules.decay_rules: decay rule 'head.*': weight_decay must be" in error
+
+    @pytest.mark.parametrize(
+        "imports",
+        [
+            "from lightning.pytorch.cli import LightningCLI; import lightning_regdecay",
+            "from lightning_regdecay import WeightDecayMixin; from lightning.pytorch.cli import LightningCLI",
+            "from lightning_regdecay import WeightDecayRules; from lightning.pytorch.cli import LightningCLI",
+        ],
+    )
+    def test_whatever_of_the_package_a_program_imports(self, tmp_path, imports):
+        code = f"""
+{imports}
+from lightning.pytorch.demos.boring_classes import BoringModel
+rules = ["--trainer.callbacks=WeightDecayRules", "--trainer.callbacks.decay_rules=timm"]
+args = [*rules, "--trainer.callbacks+=WeightDecayMonitor", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+cli = LightningCLI(BoringModel, save_config_callback=None, run=False, args=args)
+print(*(type(callback).__name__ for callback in cli.trainer.callbacks[:2]))
+"""
+        output = run_python("-c", code, cwd=tmp_path, timeout=120)
+        assert output.splitlines()[-1] == "WeightDecayRules WeightDecayMonitor"
 
 
 class TestOptimizerAsAnArgument:

@@ -155,25 +155,30 @@ def test_the_schedule_goes_where_it_should(programs):
 
 
 def test_the_command_line(tmp_path):
-    # The program, its configuration and its commands go by py, yml and sh; the blocks above are run in other ways.
+    # The programs, their configurations and commands go by py, yml and sh; the blocks above are run in other ways.
     page = OF_THE_COMMAND_LINE
-    (program,), (config,), (commands,) = blocks(page, "py"), blocks(page, "yml"), blocks(page, "sh")
-    (tmp_path / "train.py").write_text(program)
-    (tmp_path / "config.yaml").write_text(config)
-    groups, *fits = commands.splitlines()
+    files = {text.splitlines()[0].removeprefix("# "): text for kind in ("py", "yml") for text in blocks(page, kind)}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    groups, *fits = "".join(blocks(page, "sh")).splitlines()
     run = functools.partial(subprocess.run, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
     done = run(groups.replace("python", shlex.quote(sys.executable), 1))
     assert done.stdout in blocks(page, "text"), done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "train.py"]
+    assert {path.name for path in tmp_path.iterdir()} == {*files}
 
-    assert len(fits) == 2
+    assert len(fits) == 3
     for fit in fits:
         done = run(fit.replace("python", shlex.quote(sys.executable), 1) + " --trainer.accelerator cpu")
         assert done.returncode == 0, done.stderr
-    changed, unchanged = ((tmp_path / f"lightning_logs/version_{i}/config.yaml").read_text() for i in range(2))
+    changed, unchanged, callbacks = (
+        (tmp_path / f"lightning_logs/version_{i}/config.yaml").read_text() for i in range(3)
+    )
     assert "head.*: 0.01\n" in changed
     assert "class_path: torch.optim.SGD\n" in unchanged
+    names = [callback["class_path"] for callback in yaml.safe_load(callbacks)["trainer"]["callbacks"]]
+    assert names == ["lightning_regdecay.WeightDecayRules", "lightning_regdecay.WeightDecayMonitor"]
+    assert re.search(r"rest\W+1\W+64\W+0\.05\b", done.stdout)
 
 
 @pytest.mark.parametrize("name", lightning_regdecay.__all__)
