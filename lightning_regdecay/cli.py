@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -281,6 +282,18 @@ class _RulesAction(ActionTypeHint):
                 args = parser, namespace, _override_rule(rules, option[len(own) + 1 :], _read(value)), own
         return super().__call__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    def _check_type(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in jsonargparse; the name of a preset may stand where the annotation has mappings or lists alone."""
+        check = super()._check_type
+        try:
+            return check(value, *args, **kwargs)  # type: ignore[no-untyped-call]
+        except (TypeError, ValueError):
+            if isinstance(value, str) and value.isidentifier() and isinstance(_read(value), str):
+                for rules in ({"preset": value}, [{"preset": value}]):
+                    with contextlib.suppress(TypeError, ValueError):
+                        return check(rules, *args, **kwargs)  # type: ignore[no-untyped-call]
+            raise
+
 
 class _RulesParser(LightningArgumentParser):
     """A parser on whose command line single rules of an argument ``decay_rules`` can be changed."""
@@ -355,7 +368,8 @@ def _override_rule(rules: Any, key: str, value: Any) -> dict[str, Any]:
 
     Args:
         rules: the rules so far, or None.
-        key: the key of a rule, or that and a field after a dot, ``options.lr`` and the like included.
+        key: the key of a rule, or that and a field after a dot, ``options.lr`` and the like included; or an argument of
+            a preset.
         value: the new strength, the new rule, or the new value of the field.
 
     Raises:
@@ -365,7 +379,11 @@ def _override_rule(rules: Any, key: str, value: Any) -> dict[str, Any]:
     {'no_decay': {'params': '*.bias', 'weight_decay': 0.0}, 'head.*': 0.2}
     >>> _override_rule({"no_decay": {"params": "*.bias", "weight_decay": 0.0}}, "no_decay.max_ndim", 1)
     {'no_decay': {'params': '*.bias', 'weight_decay': 0.0, 'max_ndim': 1}}
+    >>> _override_rule("timm", "weight_decay", 0.05)
+    {'preset': 'timm', 'weight_decay': 0.05}
     """
+    if isinstance(rules, str):
+        rules = {"preset": rules}
     if rules is not None and not isinstance(rules, Mapping):
         raise TypeError(
             f"rule {key!r} cannot be changed alone: these rules are a {type(rules).__name__}, {rules!r}; write them as "

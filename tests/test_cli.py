@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor, WeightDecayRules, groups_in_force
 from lightning_regdecay.cli import WeightDecayCLI
+from lightning_regdecay.rules.forms import DecayRules
 
 PROGRAM = Path(__file__).with_name("cli_run.py")
 TYPED = """
@@ -49,6 +50,19 @@ def refused(capsys, model, *args, **options):
         cli(model, *args, **options)
     assert exit.value.code == 2
     return capsys.readouterr().err
+
+
+def with_annotation(annotation):
+    """A model whose argument ``decay_rules`` has this annotation, None for none."""
+
+    class Lit(LitTyped):
+        def __init__(self, decay_rules=None):
+            super().__init__(decay_rules=decay_rules)
+            self.save_hyperparameters()
+
+    if annotation is not None:
+        Lit.__init__.__annotations__["decay_rules"] = annotation
+    return Lit
 
 
 @pytest.fixture(autouse=True)
@@ -285,6 +299,71 @@ class TestRulesAsAnArgument:
         assert "rule '*' cannot be changed alone: these rules are a list, [{'weight_decay': 0.1}]" in error
 
 
+class TestPresets:
+    """By name, with any annotation of the argument."""
+
+    @pytest.mark.parametrize("annotation", [None, dict, dict[str, Any] | None, Any, DecayRules, DecayRules | None])
+    @pytest.mark.parametrize(
+        ("file", "flags", "arguments"),
+        [
+            ("timm", [], {}),
+            (None, ["=timm"], {}),
+            (None, [".preset=timm", ".weight_decay=0.05"], {"weight_decay": 0.05}),
+            (None, [".weight_decay=0.05", ".preset=timm"], {"weight_decay": 0.05}),
+            ("timm", [".weight_decay=0.05", ".keywords=true"], {"weight_decay": 0.05, "keywords": True}),
+            (None, ["=timm", ".weight_decay=5e-2"], {"weight_decay": 0.05}),
+        ],
+    )
+    def test_in_a_file_and_on_the_command_line(self, tmp_path, annotation, file, flags, arguments):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {} if file is None else {"decay_rules": file}}))
+        flags = [f"--model.decay_rules{flag}" for flag in flags]
+        model = cli(with_annotation(annotation), "-c", tmp_path / "config.yaml", *flags, run=False).model
+        rules = model.hparams.decay_rules
+        assert rules == {"preset": "timm", **arguments} or (rules == "timm" and not arguments)
+        strength = f"{arguments['weight_decay']:g}" if arguments else "optimizer's"
+        assert [group.strength_text for group in model.decay_groups] == ["0", strength]
+
+    def test_in_the_place_of_rules_of_the_class(self, capsys):
+        args = ["--model.decay_rules=timm", "--model.decay_rules.weight_decay=0.05"]
+        assert cli(LitClassRules, *args, run=False).model.decay_groups.names == ["no_decay", "decay"]
+        error = refused(capsys, LitClassRules, "--model.decay_rules.preset=timm", run=False)
+        assert "model.decay_rules: preset 'timm' has no argument '*.bias'" in error
+        assert "'timm' alone takes the place of all rules" in error
+
+    def test_where_rules_are_a_list(self):
+        model = cli(with_annotation(list[Any] | None), "--model.decay_rules=timm", run=False).model
+        assert model.hparams.decay_rules == [{"preset": "timm"}]
+
+    def test_of_any_subclass(self, tmp_path):
+        config = {"model": {"class_path": "cli_run.LitTyped", "init_args": {"decay_rules": "timm"}}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        model = cli(LitBase, "-c", tmp_path / "config.yaml", subclass_mode_model=True, run=False).model
+        assert model.decay_groups.names == ["no_decay", "default"]
+
+    @pytest.mark.parametrize("annotation", [None, dict, DecayRules])
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["=tinm"], "unknown preset 'tinm'; did you mean 'timm'?"),
+            (
+                ["=timm", ".weight_deacy=1"],
+                "preset 'timm' has no argument 'weight_deacy'; did you mean",
+            ),
+            (["=timm", ".weight_decay=-1"], "weight_decay must be a finite number of at least 0, got -1"),
+        ],
+    )
+    def test_a_wrong_one_is_refused_by_name(self, capsys, annotation, flags, message):
+        flags = [f"--model.decay_rules{flag}" for flag in flags]
+        error = refused(capsys, with_annotation(annotation), *flags, run=False)
+        assert "error: model.decay_rules: " in error
+        assert message in error
+
+    @pytest.mark.parametrize("text", ["true", "nan", "0.1", "not a name"])
+    def test_other_text_is_no_name(self, capsys, text):
+        error = refused(capsys, with_annotation(dict), f"--model.decay_rules={text}", run=False)
+        assert "Expected a <class 'dict'>" in error
+
+
 class TestCallbacks:
     """By their short names, as Lightning's own."""
 
@@ -314,12 +393,15 @@ trainer:
         args = [rules, argument + '={"*.bias": 0.0, "*": 0.3}', "--trainer.callbacks+=WeightDecayMonitor"]
         assert self.logged(*args, cls=cls) == {"decay/bias/weight_decay": 0.0, "decay/rest/weight_decay": 0.3}
 
-    def test_single_rules_on_the_command_line(self):
+    def test_single_rules_and_presets_on_the_command_line(self):
         rules, argument = self.FLAGS
         monitor = "--trainer.callbacks+=WeightDecayMonitor"
         given = argument + '={"head.*": 0.1, "*": 0.3}'
         logged = self.logged(rules, given, f"{argument}.head.*=0.2", f"{argument}.head.*.min_ndim=2", monitor)
         assert logged == {"decay/head/weight_decay": 0.2, "decay/rest/weight_decay": 0.3}
+
+        logged = self.logged(rules, f"{argument}=timm", f"{argument}.weight_decay=0.2", monitor)
+        assert logged == {"decay/no_decay/weight_decay": 0.0, "decay/decay/weight_decay": 0.2}
 
     @pytest.mark.parametrize(
         ("rules", "message"),

@@ -167,15 +167,16 @@ def test_the_command_line(tmp_path):
     assert done.stdout in blocks(page, "text"), done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {*files}
 
-    assert len(fits) == 3
+    assert len(fits) == 4
     for fit in fits:
         done = run(fit.replace("python", shlex.quote(sys.executable), 1) + " --trainer.accelerator cpu")
         assert done.returncode == 0, done.stderr
-    changed, unchanged, callbacks = (
-        (tmp_path / f"lightning_logs/version_{i}/config.yaml").read_text() for i in range(3)
+    changed, unchanged, preset, callbacks = (
+        (tmp_path / f"lightning_logs/version_{i}/config.yaml").read_text() for i in range(4)
     )
     assert "head.*: 0.01\n" in changed
     assert "class_path: torch.optim.SGD\n" in unchanged
+    assert yaml.safe_load(preset)["model"]["decay_rules"] == {"preset": "timm", "weight_decay": 0.05}
     names = [callback["class_path"] for callback in yaml.safe_load(callbacks)["trainer"]["callbacks"]]
     assert names == ["lightning_regdecay.WeightDecayRules", "lightning_regdecay.WeightDecayMonitor"]
     assert re.search(r"rest\W+1\W+64\W+0\.05\b", done.stdout)

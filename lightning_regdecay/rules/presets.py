@@ -345,7 +345,9 @@ def preset_rules(given: Mapping[str, Any], presets: Mapping[str, Callable[..., P
     known = inspect.signature(presets[name]).parameters
     for argument in arguments:
         if argument not in known:
-            raise TypeError(f"preset {name!r} has no argument {argument!r}; {hint(str(argument), known)}")
+            advice = f"; rules beside a preset go into a list with it, and {name!r} alone takes the place of all rules"
+            advice = "" if str(argument).isidentifier() else advice
+            raise TypeError(f"preset {name!r} has no argument {argument!r}; {hint(str(argument), known)}{advice}")
     missing = [name for name, one in known.items() if one.default is one.empty and name not in arguments]
     if missing:
         raise TypeError(f"preset {name!r} needs {', '.join(missing)}")
