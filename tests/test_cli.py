@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from helpers import RULES, LitBase, LitRules, members, run_python
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
+import lightning_regdecay
 from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor, WeightDecayRules, groups_in_force
 from lightning_regdecay.cli import WeightDecayCLI
 from lightning_regdecay.rules.forms import DecayRules
@@ -361,7 +363,7 @@ class TestPresets:
     @pytest.mark.parametrize("text", ["true", "nan", "0.1", "not a name"])
     def test_other_text_is_no_name(self, capsys, text):
         error = refused(capsys, with_annotation(dict), f"--model.decay_rules={text}", run=False)
-        assert "Expected a <class 'dict'>" in error
+        assert 'Parser key "model.decay_rules"' in error
 
 
 class TestCallbacks:
@@ -753,6 +755,22 @@ head.bias (1 dimensions, in Linear) is in group 'no_decay', weight_decay 0
         with pytest.warns(UserWarning, match=r"'\*norm\*' takes frozen parameters only"):
             cli(LitRules, "groups", cls=CLI)
         assert "norm  " not in capsys.readouterr().out
+
+
+def test_nothing_deprecated_is_called(tmp_path, typed, monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "all")
+    args = ["-c", typed, "--model.decay_rules.head.*=0.2", "--trainer.callbacks=WeightDecayMonitor"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = cli(LitTyped, "fit", *args, *TestChosenOptimizer.ADAM, "--lr_scheduler=ConstantLR").trainer
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        cli(LitTyped, "validate", *args, "--ckpt_path", tmp_path / "a.ckpt", datamodule_class=Digits)
+        cli(LitTyped, "groups", *args, "--parameter=head.bias")
+        with pytest.raises(SystemExit):
+            cli(LitTyped, "fit", *args, "--print_config")
+    ours = str(Path(lightning_regdecay.__file__).parent)
+    found = [one for one in caught if issubclass(one.category, DeprecationWarning) and one.filename.startswith(ours)]
+    assert [str(one.message) for one in found] == []
 
 
 def test_without_jsonargparse_the_message_says_what_to_install(tmp_path):
