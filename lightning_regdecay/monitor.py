@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _METRICS = ("l2_norm", "penalty", "weight_decay")
+_NOTHING_YET = "WeightDecayMonitor: nothing was logged yet"
 _LINEAR_SPAN = 20  # largest over smallest value that a linear axis still shows apart
 
 
@@ -172,7 +173,11 @@ class WeightDecayMonitor(AnyCallback):
 
     def _repr_html_(self) -> str:
         """For notebooks: the figures that were logged last."""
-        return self.table._repr_html_() if self.history else preformatted("WeightDecayMonitor: nothing was logged yet")
+        return self.table._repr_html_() if self.history else preformatted(_NOTHING_YET)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """For IPython: the figures that were logged last."""
+        printer.text(str(self.table) if self.history else _NOTHING_YET)
 
     def plot(self, ax: Sequence[Any] | None = None) -> tuple[Figure, Any]:
         """Plot the norm and the penalty of each group over the optimizer steps.

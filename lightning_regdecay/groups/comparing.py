@@ -75,6 +75,10 @@ class Comparison:
         """For notebooks."""
         return preformatted(str(self))
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """For IPython."""
+        printer.text(str(self))
+
 
 def compare(
     module: nn.Module,

@@ -46,6 +46,10 @@ class Table:
         rows = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in self.rows)
         return f"<table><thead><tr>{cells(self.header, 'th')}</tr></thead><tbody>{rows}</tbody></table>"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """For IPython."""
+        printer.text(str(self))
+
     def __rich__(self) -> Any:
         from rich.table import Table as RichTable
         from rich.text import Text
@@ -85,6 +89,10 @@ class Tabular:
     def _repr_html_(self) -> str:
         return self.table._repr_html_()
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """For IPython, which would show all parameters of param groups."""
+        printer.text(str(self))
+
     def __rich__(self) -> Any:
         return self.table.__rich__()
 
@@ -96,6 +104,9 @@ class Lines(str):
 
     def _repr_html_(self) -> str:
         return preformatted(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
 
 
 def preformatted(text: str) -> str:
