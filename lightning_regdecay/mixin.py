@@ -23,7 +23,7 @@ from lightning_regdecay.optim.saved_states import groups_in_folder
 from lightning_regdecay.retrofit import RulesForAFit, logged_rules
 from lightning_regdecay.rules.crossing import GivenRules
 from lightning_regdecay.rules.forms import KINDS, DecayRules, LrRules, copied_rules, plain_rules
-from lightning_regdecay.rules.scalars import nonnegative_number
+from lightning_regdecay.rules.scalars import nonnegative_number, true_or_false
 from lightning_regdecay.rules.schedules import STEP_KEY
 
 if TYPE_CHECKING:
@@ -353,9 +353,10 @@ def _groups_of(module: Any) -> DecayGroups:
     trainer = getattr(module, "_trainer", None)
     if trainer is not None and trainer.strategy.model is not None:
         remember_flattened(trainer.strategy.model)  # FSDPStrategy puts its outermost wrapper around the module
+    strict = true_or_false(f"decay_strict of {type(module).__name__}", module.decay_strict)
     rules = _given_rules_of(module)
     decay_rules: Any = rules.decay_rules if rules.decay_rules is not None else {}
-    return build_decay_groups(module, decay_rules, lr_rules=rules.lr_rules, strict=module.decay_strict)
+    return build_decay_groups(module, decay_rules, lr_rules=rules.lr_rules, strict=strict)
 
 
 def _given_rules_of(module: Any) -> GivenRules:

@@ -21,6 +21,7 @@ from lightning_regdecay.groups.tables import Table, preformatted
 from lightning_regdecay.optim.in_force import in_force, refresh
 from lightning_regdecay.retrofit import OF_THE_MODEL, AnyCallback, let_go_of_model
 from lightning_regdecay.rules.names import safe_name, unique_name
+from lightning_regdecay.rules.scalars import true_or_false
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +50,7 @@ class WeightDecayMonitor(AnyCallback):
 
     Raises:
         MisconfigurationException: for an ``every_n_steps`` below 1, or a prefix that loggers refuse.
+        TypeError: for a ``prog_bar`` or ``summary`` that is not True or False.
 
     Attributes:
         history: what was logged in this run, one dictionary per event with ``epoch``, ``step`` (optimizer steps done)
@@ -69,8 +71,8 @@ class WeightDecayMonitor(AnyCallback):
             )
         self.every_n_steps = every_n_steps
         self.prefix = prefix
-        self.prog_bar = prog_bar
-        self.summary = summary
+        self.prog_bar = true_or_false("prog_bar", prog_bar)
+        self.summary = true_or_false("summary", summary)
         self.history: list[dict[str, float]] = []
         self._steps_seen = 0
         self._warned: set[str] = set()

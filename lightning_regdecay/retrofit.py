@@ -22,6 +22,7 @@ from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.optim.witness import StrayWitness, Witness
 from lightning_regdecay.rules.crossing import GivenRules, RuleSet, parse_rule_set
 from lightning_regdecay.rules.forms import KINDS, DecayRules, LrRules, loggable_rules, plain_rules, rules_by_group
+from lightning_regdecay.rules.scalars import true_or_false
 
 OF_THE_MODEL = ("log", "log_dict")
 """Methods of the model that Lightning (2.5 to 2.6) puts on every callback."""
@@ -317,7 +318,7 @@ class WeightDecayRules(RulesForAFit):
         decay_strict: False makes rules that take nothing a warning.
 
     Raises:
-        TypeError: for rules of an unknown form.
+        TypeError: for rules of an unknown form, or a ``decay_strict`` that is not True or False.
         ValueError: for a value out of range; when the fit starts, for rules that do not fit the model, or cannot be in
             force in its optimizers.
         MisconfigurationException: when the fit starts, for a model with rules of its own, or a second such callback.
@@ -331,7 +332,7 @@ class WeightDecayRules(RulesForAFit):
         parse_rule_set(decay_rules, lr_rules)
         self.decay_rules = decay_rules
         self.lr_rules = lr_rules
-        self.decay_strict = decay_strict
+        self.decay_strict = true_or_false("decay_strict", decay_strict)
 
     def given_rules(self, model: nn.Module) -> GivenRules:
         """The rules in the forms that they were given in."""

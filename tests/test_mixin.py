@@ -106,6 +106,16 @@ class TestWhereTheRulesComeFrom:
         with pytest.warns(UserWarning, match="takes nothing"):
             assert strengths(model.configure_optimizers()) == {"rest": 0.1}
 
+    @pytest.mark.parametrize("value", ["yes", "False", 1, 0, None])
+    def test_a_wrong_decay_strict(self, value):
+        model = LitHparams(decay_rules={"*.bais": 0.0, "*": 0.1})
+        model.decay_strict = value
+        before = [p.clone() for p in model.parameters()]
+        for act in (model.configure_optimizers, lambda: model.decay_groups, lambda: trainer().fit(model)):
+            with pytest.raises(TypeError, match=f"decay_strict of LitHparams must be True or False, got {value!r}"):
+                act()
+        assert all(map(torch.equal, before, model.parameters()))
+
     def test_mistakes_come_before_the_first_step(self):
         model = LitHparams(decay_rules={"*.bais": 0.0})
         before = [p.clone() for p in model.parameters()]

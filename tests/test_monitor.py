@@ -625,6 +625,13 @@ def test_a_wrong_every_n_steps(every_n_steps):
         WeightDecayMonitor(every_n_steps)
 
 
+@pytest.mark.parametrize("name", ["prog_bar", "summary"])
+@pytest.mark.parametrize("value", ["yes", "False", 1, 0, None])
+def test_a_switch_that_is_none(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got {value!r}"):
+        WeightDecayMonitor(**{name: value})
+
+
 @pytest.mark.parametrize("prefix", ["", "a*", "/a", "a//b", None])
 def test_a_wrong_prefix(prefix):
     with pytest.raises(MisconfigurationException, match="prefix must be letters, digits"):

@@ -964,6 +964,11 @@ class TestCallback:
         with pytest.raises(ValueError, match="weight_decay must be a finite number"):
             WeightDecayRules({"*": -1})
 
+    @pytest.mark.parametrize("value", ["yes", "False", 1, 0, None])
+    def test_a_wrong_decay_strict(self, value):
+        with pytest.raises(TypeError, match=f"decay_strict must be True or False, got {value!r}"):
+            WeightDecayRules({"*": 0.1}, decay_strict=value)
+
     def test_not_strict(self):
         with pytest.warns(UserWarning, match=r"rule 1 '\*\.bais' takes nothing"):
             trainer(callbacks=[WeightDecayRules({"*.bais": 0.0}, decay_strict=False)]).fit(TestOnce.Kept())

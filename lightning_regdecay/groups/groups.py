@@ -19,7 +19,7 @@ from lightning_regdecay.rules.crossing import Pair, RuleSet, Treatment, parse_ru
 from lightning_regdecay.rules.forms import DecayRules, LrRules
 from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.rules import OWN, DecayRule, LrRule
-from lightning_regdecay.rules.scalars import nonnegative_number
+from lightning_regdecay.rules.scalars import nonnegative_number, true_or_false
 from lightning_regdecay.rules.schedules import DecaySchedule, scheduled_param_group
 from lightning_regdecay.rules.selectors import Rule, classes_of, patterns_of
 
@@ -257,7 +257,7 @@ def build_decay_groups(
         took. It prints as a table, and ``.explain(name)`` tells which rule took a parameter.
 
     Raises:
-        TypeError: for rules of an unknown form, or a module that is none.
+        TypeError: for rules of an unknown form, a module that is none, or a ``strict`` that is not True or False.
         RuntimeError: where a predicate of the user fails.
         ValueError: for a rule that takes nothing (a typo, or earlier rules took it all), a pattern or class name in a
             list that matches nothing, an uninitialised lazy parameter, a model with nothing to train.
@@ -270,6 +270,7 @@ def build_decay_groups(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}; pass the model itself")
+    strict = true_or_false("strict", strict)
     rule_set = parse_rule_set(rules, lr_rules)
     parameters = model_parameters(module)
     trainable = [p for p in parameters if p.parameter.requires_grad]

@@ -6,7 +6,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from lightning_regdecay.rules.scalars import nonnegative_number, positive_number, whole_number
+from lightning_regdecay.rules.scalars import nonnegative_number, positive_number, true_or_false, whole_number
 
 PlainRules: TypeAlias = list[dict[str, Any]]
 
@@ -73,7 +73,7 @@ def layerwise_lr_rules(
         rules.append({"params": pattern, "lr_mult": lr_mult, "group": f"layer_{number}"})
     last, lr_mult = rules[-1], max(decay ** (len(every) + 1), least)
     rules.append({"params": stem, "lr_mult": lr_mult, "group": "stem", "optional": True})
-    if flag("norm_with_layers", norm_with_layers):
+    if true_or_false("norm_with_layers", norm_with_layers):
         rules.append({**last, "params": _FINAL_NORM, "optional": True})
     return rules
 
@@ -219,10 +219,3 @@ def _factor(name: str, value: Any) -> float:
     if factor is None:
         raise TypeError(f"{name} must be a number above 0, got None")
     return factor
-
-
-def flag(name: str, value: Any) -> bool:
-    """An argument that is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value

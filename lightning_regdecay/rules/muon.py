@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_regdecay.rules.by_layer import STEM, PlainRules, flag
-from lightning_regdecay.rules.scalars import nonnegative_number, number_of
+from lightning_regdecay.rules.by_layer import STEM, PlainRules
+from lightning_regdecay.rules.scalars import nonnegative_number, number_of, true_or_false
 
 EMBEDDINGS = ["torch.nn.Embedding", "torch.nn.EmbeddingBag"]
 HEADS = r"re:(^|\.)(lm_head|heads?|classifier|embed_out|pooler|score|output_projection)(\.|$)"
@@ -95,7 +95,7 @@ def muon_rules(
         strength = {"decay_mult": 1.0} if own is None else {"weight_decay": own}
         found.append({**{k: v for k, v in rule.items() if k != "lr"}, **strength, "options": options})
     alone = {"options": found[-1]["options"], "optional": True, "group": "adamw_no_decay"}
-    kept: PlainRules = [{"where": "marked", "weight_decay": 0.0, **alone}] if flag("marks", marks) else []
+    kept: PlainRules = [{"where": "marked", "weight_decay": 0.0, **alone}] if true_or_false("marks", marks) else []
     if vectors is not None:
         group = "adamw_no_decay" if not marks or number_of(vectors) == 0 else "adamw_vectors"
         kept.append({"max_ndim": 1, "weight_decay": vectors, **alone, "group": group})

@@ -13,10 +13,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning_regdecay.rules.by_layer import PlainRules, flag, layerwise_lr_rules, layerwise_rules
+from lightning_regdecay.rules.by_layer import PlainRules, layerwise_lr_rules, layerwise_rules
 from lightning_regdecay.rules.muon import EMBEDDINGS, muon_lr_rules, muon_rules
 from lightning_regdecay.rules.names import hint
-from lightning_regdecay.rules.scalars import number_of
+from lightning_regdecay.rules.scalars import number_of, true_or_false
 
 __all__ = [
     "LR_PRESETS",
@@ -67,7 +67,7 @@ def ndim_rules(weight_decay: Any = None, *, embeddings: bool = True, marks: bool
     {'where': 'marked', 'weight_decay': 0.0, 'group': 'no_decay', 'optional': True}
     {'weight_decay': 0.1, 'group': 'decay', 'optional': True}
     """
-    tables = [] if flag("embeddings", embeddings) else [{"modules": EMBEDDINGS}]
+    tables = [] if true_or_false("embeddings", embeddings) else [{"modules": EMBEDDINGS}]
     return _rules({"max_ndim": 1}, *tables, weight_decay=weight_decay, marks=marks)
 
 
@@ -90,7 +90,7 @@ def timm_rules(weight_decay: Any = None, *, keywords: bool = False, marks: bool 
             Swin does. timm does not ask for them, though its TinyViT lists some.
         marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
     """
-    lists = ["no_weight_decay"] + ["no_weight_decay_keywords"] * flag("keywords", keywords)
+    lists = ["no_weight_decay"] + ["no_weight_decay_keywords"] * true_or_false("keywords", keywords)
     return _rules(
         {"max_ndim": 1},
         {"params": "*.bias"},
@@ -131,7 +131,7 @@ def transformers_examples_rules(weight_decay: Any = None, *, all_norms: bool = F
             (`transformers issue 42754 <https://github.com/huggingface/transformers/issues/42754>`_).
         marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
     """
-    norms = [{"modules": _EVERY_NORM}] if flag("all_norms", all_norms) else []
+    norms = [{"modules": _EVERY_NORM}] if true_or_false("all_norms", all_norms) else []
     return _rules({"params": ["*bias*", "*LayerNorm.weight*"]}, *norms, weight_decay=weight_decay, marks=marks)
 
 
@@ -237,7 +237,7 @@ def dinov2_rules(
         all_norms: True for norm layers of every name. The convention misses those without "norm" in theirs.
         marks: False to decay what the model has marked, by ``_no_weight_decay``, like the rest.
     """
-    norms = [{"modules": _EVERY_NORM}] if flag("all_norms", all_norms) else []
+    norms = [{"modules": _EVERY_NORM}] if true_or_false("all_norms", all_norms) else []
     names = {"params": ["*.bias", "*norm*", "*gamma*"]}
     return _rules(names, *norms, *_token_rules(tokens), weight_decay=weight_decay, marks=marks)
 
@@ -274,7 +274,7 @@ def lightly_train_rules(weight_decay: Any = None, *, query_projections: bool = F
     """
     projections = (
         [{"decay_mult": 1.0} if weight_decay is None else {"weight_decay": weight_decay}]
-        if flag("query_projections", query_projections)
+        if true_or_false("query_projections", query_projections)
         else []
     )
     linear = {"modules": "torch.nn.Linear", "params": ["*query.weight", "*queries.weight"], "min_ndim": 2}
@@ -356,7 +356,7 @@ def preset_rules(given: Mapping[str, Any], presets: Mapping[str, Callable[..., P
 
 def _marked(marks: bool) -> PlainRules:
     """What the model has marked does not decay."""
-    return _rule("no_decay", 0.0, where="marked") if flag("marks", marks) else []
+    return _rule("no_decay", 0.0, where="marked") if true_or_false("marks", marks) else []
 
 
 def _rules(*selectors: dict[str, Any], weight_decay: Any, marks: bool) -> PlainRules:
@@ -372,8 +372,8 @@ def _rule(group: str, weight_decay: Any, **selector: Any) -> PlainRules:
 
 
 def _norms(classes: list[str], all_norms: bool) -> list[str]:
-    return [*classes, _EVERY_NORM] if flag("all_norms", all_norms) else classes
+    return [*classes, _EVERY_NORM] if true_or_false("all_norms", all_norms) else classes
 
 
 def _token_rules(decay: bool) -> PlainRules:
-    return [] if flag("tokens", decay) else [{"params": _TOKENS}]
+    return [] if true_or_false("tokens", decay) else [{"params": _TOKENS}]

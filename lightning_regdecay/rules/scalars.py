@@ -73,3 +73,11 @@ def whole_number(name: str, value: Any, least: int) -> int | None:
     if number != int(number) or number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(number)
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    """A switch, NumPy's too; text and numbers are none, as ``"False"`` would count as true."""
+    switch = plain_number(value)
+    if not isinstance(switch, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return switch

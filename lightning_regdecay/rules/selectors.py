@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
 
 from lightning_regdecay.rules.names import REGEX_PREFIX, safe_name
-from lightning_regdecay.rules.scalars import is_array, nonnegative_number, number_of, plain_number
+from lightning_regdecay.rules.scalars import is_array, nonnegative_number, number_of, plain_number, true_or_false
 from lightning_regdecay.rules.schedules import STRENGTH_KEYS
 
 _SET_BY_THE_RULE = {"params", "param_names", "name", *STRENGTH_KEYS}
@@ -55,7 +55,7 @@ class Rule:
             group=_group(self.group),
             lr_mult=nonnegative_number("lr_mult", self.lr_mult),
             options=_options(self.options),
-            optional=_optional(self.optional),
+            optional=true_or_false("optional", self.optional),
         )
         if self.min_ndim is not None and self.max_ndim is not None and self.min_ndim > self.max_ndim:
             raise ValueError(f"min_ndim={self.min_ndim} is above max_ndim={self.max_ndim}: no parameter has both")
@@ -189,12 +189,6 @@ def _predicate(value: Any) -> Callable[..., bool] | str | None:
     if value is not None and not isinstance(value, str) and not callable(value):
         raise TypeError(f"where must be a function where(name, parameter, module), got {value!r}")
     return value  # type: ignore[no-any-return]
-
-
-def _optional(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"optional must be True or False, got {value!r}")
-    return value
 
 
 def _group(value: Any) -> str | None:

@@ -7,6 +7,7 @@ import fnmatch
 import io
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import Net, members
@@ -312,6 +313,11 @@ class TestMessages:
         with pytest.warns(UserWarning, match=re.escape("decay rule 1 'haed.*' takes nothing")):
             groups = build_decay_groups(Net(), {"haed.*": 0.1, "*": 0.2}, strict=False)
         assert [group.name for group in groups] == ["rest"]
+
+    def test_strict_is_true_or_false(self):
+        with pytest.raises(TypeError, match="strict must be True or False, got 'False'"):
+            build_decay_groups(Net(), {"*": 0.2}, strict="False")
+        assert build_decay_groups(Net(), {"*": 0.2}, strict=np.bool_(True)).names == ["rest"]
 
     def test_strict_false_warns_of_every_kind(self):
         rules = [DecayRule(0.1), DecayRule(0.2, params="*.bias"), DecayRule(0.3, modules="LayerNrom")]
