@@ -6,7 +6,6 @@ import contextlib
 import functools
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, NoReturn, cast
 
 import yaml  # type: ignore[import-untyped]
@@ -30,15 +29,13 @@ except ModuleNotFoundError as error:  # LightningArgumentParser says so, with th
 
 import lightning_regdecay.monitor  # noqa: F401, so that its short name is known
 from lightning_regdecay.mixin import WeightDecayMixin, configure_own
-from lightning_regdecay.rules.forms import parse_rules, plain_rules
+from lightning_regdecay.rules.forms import KINDS, parse_as, plain_rules
 from lightning_regdecay.rules.rules import DecayRule, is_schedule
-from lightning_regdecay.rules.selectors import SELECTORS
+from lightning_regdecay.rules.selectors import SELECTORS, Rule, field_names
 
 _GROUPS = "groups"
-_ARGUMENT = "decay_rules"
-_RULE_FIELDS = {field.name for field in fields(DecayRule)}
 # Fields of which one takes the place of the other.
-_INSTEAD = [("weight_decay", "decay_mult"), ("steps", "epochs"), ("delay_steps", "delay_epochs")]
+_INSTEAD = [("weight_decay", "decay_mult"), ("lr", "lr_mult"), ("steps", "epochs"), ("delay_steps", "delay_epochs")]
 # Where a configuration holds the arguments of a model: of one class, of any subclass.
 _MODEL_ARGUMENTS = ("model", "model.init_args")
 
@@ -46,8 +43,9 @@ _MODEL_ARGUMENTS = ("model", "model.init_args")
 class WeightDecayCLI(LightningCLI):
     """``LightningCLI`` for models with :class:`WeightDecayMixin`; takes the same arguments.
 
-    - An argument ``decay_rules``, of the model or a callback, is checked when it is parsed, and each of its rules may
-      be changed on the command line: ``--model.decay_rules.head.* 0.01``, ``--model.decay_rules.no_decay.max_ndim 1``.
+    - Arguments ``decay_rules`` and ``lr_rules``, of the model or a callback, are checked when they are parsed, and each
+      of their rules may be changed on the command line: ``--model.decay_rules.head.* 0.01``,
+      ``--model.decay_rules.no_decay.max_ndim 1``, ``--model.lr_rules.head.*.lr_mult 10``.
     - The callbacks of this package have short names: ``--trainer.callbacks WeightDecayMonitor``.
     - ``--optimizer`` and ``--lr_scheduler`` build over the decay groups.
     - The subcommand ``groups`` prints the groups, and with ``--parameter NAME`` why that parameter is where it is.
@@ -82,7 +80,7 @@ class WeightDecayCLI(LightningCLI):
         for path, rules in _given_rules(config, own.callback_keys):
             if rules is not None:
                 try:
-                    parse_rules(rules)
+                    parse_as(rules, KINDS[path.rpartition(".")[2]])
                 except (TypeError, ValueError) as error:
                     parser.error(f"{path}: {error}")
 
@@ -94,12 +92,16 @@ class WeightDecayCLI(LightningCLI):
         """
         subcommand = self.config.get("subcommand")
         config = self.config[subcommand] if subcommand else {}
-        given = {path: config.get(f"{path}.{_ARGUMENT}") for path in _MODEL_ARGUMENTS if config.get(path)}
+        given = {
+            (path, name): config.get(f"{path}.{name}")
+            for path in _MODEL_ARGUMENTS
+            for name in (KINDS if config.get(path) else ())
+        }
         super()._parse_ckpt_path()
-        for path, rules in given.items():
+        for (path, name), rules in given.items():
             key = f"{subcommand}.{path}"
             if rules is not None and self.config.get(key):
-                self.config[f"{key}.{_ARGUMENT}"] = rules
+                self.config[f"{key}.{name}"] = rules
 
     def instantiate_classes(self) -> None:
         """As in Lightning; for ``groups`` the model alone, so ``self.trainer`` and ``self.datamodule`` are None."""
@@ -226,19 +228,21 @@ class WeightDecayCLI(LightningCLI):
 
 
 def _given_rules(config: Any, callback_keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """The decay rules of the model and of the callbacks, None where an argument is not there, after their paths.
+    """The rules of the model and of the callbacks, None where an argument is not there, after their paths.
 
     Args:
         config: of one subcommand.
         callback_keys: the keys of callbacks that have arguments of their own.
     """
     for path in (*_MODEL_ARGUMENTS, *(f"{key}{end}" for key in callback_keys for end in ("", ".init_args"))):
-        yield f"{path}.{_ARGUMENT}", config.get(f"{path}.{_ARGUMENT}")
+        for argument in KINDS:
+            yield f"{path}.{argument}", config.get(f"{path}.{argument}")
     callbacks = config.get("trainer.callbacks")
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         if isinstance(callback, Namespace):
             name = str(callback.get("class_path")).rpartition(".")[2]
-            yield f"trainer.callbacks: {name}.{_ARGUMENT}", callback.get(f"init_args.{_ARGUMENT}")
+            for argument in KINDS:
+                yield f"trainer.callbacks: {name}.{argument}", callback.get(f"init_args.{argument}")
 
 
 def _configure_optimizers(model: WeightDecayMixin, customize: Any, optimizer: Any, lr_scheduler: Any) -> Any:
@@ -271,6 +275,8 @@ class _RulesAction(ActionTypeHint):
 
     rules: Any
     """The rules to begin with where none are given."""
+    kind: type[Rule]
+    """The kind of rules that they are."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 4:  # parser, namespace, value, option; with none it makes the action
@@ -279,7 +285,7 @@ class _RulesAction(ActionTypeHint):
             if own is not None:
                 rules = namespace.get(self.dest)
                 rules = self.rules if rules is None else rules
-                args = parser, namespace, _override_rule(rules, option[len(own) + 1 :], _read(value)), own
+                args = parser, namespace, _override_rule(rules, option[len(own) + 1 :], _read(value), self.kind), own
         return super().__call__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _check_type(self, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -296,7 +302,7 @@ class _RulesAction(ActionTypeHint):
 
 
 class _RulesParser(LightningArgumentParser):
-    """A parser on whose command line single rules of an argument ``decay_rules`` can be changed."""
+    """A parser on whose command line single rules of an argument for rules can be changed."""
 
     made: Collection[str] | None = None
     """The keys whose classes are instantiated; None for all."""
@@ -312,20 +318,26 @@ class _RulesParser(LightningArgumentParser):
         if self.made is not None and nested_key not in self.made:
             kwargs["instantiate"] = False
         added: list[str] = super().add_class_arguments(*args, **kwargs)
-        destination = _ARGUMENT if nested_key is None else f"{nested_key}.{_ARGUMENT}"
-        for action in self._actions:
-            if action.dest == destination and destination in added:
-                self._start_from_rules_of(cls, action)
+        for name in KINDS:
+            destination = name if nested_key is None else f"{nested_key}.{name}"
+            for action in self._actions:
+                if action.dest == destination and destination in added:
+                    self._start_from_rules_of(cls, action, name)
         return added
 
-    def _start_from_rules_of(self, cls: Any, action: Any) -> None:
+    def _start_from_rules_of(self, cls: Any, action: Any, name: str) -> None:
         """Let single rules change, and begin with those of the class where the argument is not given."""
         action.__class__ = _RulesAction
-        rules = getattr(cls, _ARGUMENT, None)
-        action.rules = plain_rules(rules)
+        rules = getattr(cls, name, None)
+        plain = plain_rules(rules)
+        action.rules, action.kind = plain, KINDS[name]
         # Rules with classes or predicates stay where they are unless one is changed: text stands for these less well.
-        if action.default is None and isinstance(rules, Mapping) and parse_rules(rules) == _parsed(action.rules):
-            self.set_defaults({action.dest: action.rules})
+        if (
+            action.default is None
+            and isinstance(rules, Mapping)
+            and _parsed(rules, name) == _parsed(action.rules, name)
+        ):
+            self.set_defaults({action.dest: plain})
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
         """As in jsonargparse."""
@@ -350,10 +362,10 @@ def _with_rules(parser_class: Any) -> Any:
     return type(parser_class.__name__, (_RulesParser, parser_class), {})
 
 
-def _parsed(rules: Any) -> Any:
+def _parsed(rules: Any, name: str) -> Any:
     """The rules as objects, None where they are none."""
     try:
-        return parse_rules(rules)
+        return parse_as(rules, KINDS[name])
     except (TypeError, ValueError):
         return None
 
@@ -363,7 +375,7 @@ def _exit_with(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def _override_rule(rules: Any, key: str, value: Any) -> dict[str, Any]:
+def _override_rule(rules: Any, key: str, value: Any, kind: type[Rule] = DecayRule) -> dict[str, Any]:
     """A mapping of rules with one rule, or one field of a rule, changed or added; the others and the order stay.
 
     Args:
@@ -371,6 +383,7 @@ def _override_rule(rules: Any, key: str, value: Any) -> dict[str, Any]:
         key: the key of a rule, or that and a field after a dot, ``options.lr`` and the like included; or an argument of
             a preset.
         value: the new strength, the new rule, or the new value of the field.
+        kind: the kind of rules that they are.
 
     Raises:
         TypeError: for rules that are not a mapping.
@@ -390,20 +403,21 @@ def _override_rule(rules: Any, key: str, value: Any) -> dict[str, Any]:
             "a mapping, or pass all of them"
         )
     rules = rules or {}
-    name, path = _split_key(key, rules)
+    name, path = _split_key(key, rules, kind)
     before = rules.get(name)
-    if is_schedule(before) and (not path or path[0] in _RULE_FIELDS):
-        before = {"weight_decay": before} if path else None  # a strength like a number
+    alone = kind.FIRST[0]
+    if is_schedule(before) and (not path or path[0] in field_names(kind)):
+        before = {alone: before} if path else None  # a strength like a number
     if path or (isinstance(before, Mapping) and not isinstance(value, Mapping)):
         if not isinstance(before, Mapping):
-            before = {} if before is None else {"weight_decay": before}
+            before = {} if before is None else {alone: before}
         if before and path[:1] != ["params"] and path[:1] and path[0] in SELECTORS and SELECTORS.isdisjoint(before):
             before = {"params": name, **before}  # a key is a pattern only while there is no other selector
-        value = _with_field(before, path or ["weight_decay"], value)
+        value = _with_field(before, path or [alone], value)
     return {**rules, name: value}
 
 
-def _split_key(key: str, rules: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _split_key(key: str, rules: Mapping[str, Any], kind: type[Rule]) -> tuple[str, list[str]]:
     """The key of a rule, and the path to a field of it where there is one; patterns hold dots themselves."""
     if key in rules:
         return key, []
@@ -412,13 +426,13 @@ def _split_key(key: str, rules: Mapping[str, Any]) -> tuple[str, list[str]]:
     splits = [(".".join(parts[:end]), parts[end:]) for end in range(len(parts) - 1, 0, -1)]
     for name, path in splits:
         # What follows the name of a rule with fields is a field, right or wrong.
-        if name in rules and (_is_field(path) or isinstance(rules[name], Mapping)):
+        if name in rules and (_is_field(path, kind) or isinstance(rules[name], Mapping)):
             return name, path
-    return next(((name, path) for name, path in splits if _is_field(path)), (key, []))
+    return next(((name, path) for name, path in splits if _is_field(path, kind)), (key, []))
 
 
-def _is_field(path: Sequence[str]) -> bool:
-    return path[0] == "options" or (len(path) == 1 and path[0] in _RULE_FIELDS)
+def _is_field(path: Sequence[str], kind: type[Rule]) -> bool:
+    return path[0] == "options" or (len(path) == 1 and path[0] in field_names(kind))
 
 
 def _with_field(rule: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:

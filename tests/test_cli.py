@@ -366,6 +366,82 @@ class TestPresets:
         assert 'Parser key "model.decay_rules"' in error
 
 
+class LitLr(LitTyped):
+    """With lr rules as an argument, and of the class."""
+
+    lr_rules = {"head.*": {"lr_mult": 2.0}}
+
+    def __init__(self, lr: float = 1e-3, decay_rules: dict[str, Any] | None = None, lr_rules: Any = None) -> None:
+        super().__init__(lr, decay_rules)
+        self.save_hyperparameters()
+
+
+class TestLrRules:
+    """As decay rules, beside them."""
+
+    def lrs(self, *args, model=LitLr):
+        result = cli(model, "fit", "--model.decay_rules", '{"*.bias": 0.0, "*": 0.1}', "--model.lr", 0.5, *args)
+        return {group["name"]: group["lr"] for group in groups_in_force(result.trainer.optimizers[0])}
+
+    def test_in_a_file(self, tmp_path):
+        (tmp_path / "lr.yaml").write_text("model: {lr_rules: {head.*: 1e-2, body: {params: body.*, lr_mult: 1e-1}}}\n")
+        assert self.lrs("-c", tmp_path / "lr.yaml") == {
+            **{"head.bias": 0.01, "body.bias": 0.05, "bias": 0.5},
+            **{"head.rest": 0.01, "body.rest": 0.05, "rest": 0.5},
+        }
+
+    def test_single_ones_of_the_class_change(self):
+        assert self.lrs()["head.rest"] == 1.0
+        assert self.lrs("--model.lr_rules.head.*.lr_mult=0.5")["head.rest"] == 0.25
+        assert self.lrs("--model.lr_rules.head.*=0.125")["head.rest"] == 0.125
+        found = self.lrs("--model.lr_rules.body.lr_mult=4", "--model.lr_rules.body.params=body.*")
+        assert (found["head.rest"], found["body.rest"], found["rest"]) == (1.0, 2.0, 0.5)
+
+    def test_presets(self):
+        class Deep(LitLr):
+            def __init__(self, lr: float = 1e-3, decay_rules: Any = None, lr_rules: Any = None) -> None:
+                super().__init__(lr, decay_rules)
+                self.save_hyperparameters()
+                self.blocks = nn.ModuleList([self.body])
+
+        given = ["--model.lr_rules=layerwise", "--model.lr_rules.depths=1", "--model.lr_rules.layer_decay=0.5"]
+        with pytest.raises(ValueError, match=r"lr rule 2 .* takes nothing"):
+            self.lrs(*given)
+        assert self.lrs(*given, model=Deep) == {
+            **{"layer_0.bias": 0.25, "bias": 0.5},
+            **{"layer_0.rest": 0.25, "rest": 0.5},
+        }
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("head.*=-1", "lr rule 'head.*': lr must be a finite number of at least 0, got -1"),
+            ("head.*.lr_mul=1", "lr rule 'head.*': unknown field 'lr_mul'; did you mean 'lr_mult'?"),
+            ("head.*.weight_decay=1", "weight decay goes into decay_rules"),
+        ],
+    )
+    def test_a_wrong_value_is_refused_by_name(self, capsys, override, message):
+        error = refused(capsys, LitLr, "fit", f"--model.lr_rules.{override}")
+        assert "error: model.lr_rules: " in error
+        assert message in error
+
+    def test_of_a_callback(self, tmp_path):
+        init = '{decay_rules: {"*": 0.3}, lr_rules: {head: {params: head.*, lr_mult: 0.5}}}'
+        (tmp_path / "config.yaml").write_text(
+            f"trainer: {{callbacks: {{class_path: WeightDecayRules, init_args: {init}}}}}\n"
+        )
+        result = cli(LitPlain, "fit", "-c", tmp_path / "config.yaml", "--optimizer=SGD", "--optimizer.lr=0.5")
+        [optimizer] = result.trainer.optimizers
+        assert {group["name"]: group["lr"] for group in groups_in_force(optimizer)} == {"rest": 0.5, "head.rest": 0.25}
+
+    def test_they_hold_over_those_of_a_checkpoint(self, tmp_path):
+        first = cli(LitLr, "fit", "--model.decay_rules", '{"*": 0.1}')
+        first.trainer.save_checkpoint(tmp_path / "run.ckpt")
+        args = ["--ckpt_path", tmp_path / "run.ckpt", "--trainer.max_epochs=2", "--model.lr_rules.head.*.lr_mult=4"]
+        result = cli(LitLr, "fit", *args)
+        assert {g["name"]: g["lr"] for g in groups_in_force(result.trainer.optimizers[0])}["head.rest"] == 4e-3
+
+
 class TestCallbacks:
     """By their short names, as Lightning's own."""
 

@@ -54,7 +54,7 @@ def parse_rules(rules: DecayRules) -> tuple[DecayRule, ...]:
     >>> parse_rules({"*.bias": 0.0, "head": {"params": "head.*", "weight_decay": "1e-3"}})
     (DecayRule(0.0, params='*.bias', group='bias'), DecayRule(0.001, params='head.*', group='head'))
     """
-    return _parse(rules, DecayRule)
+    return parse_as(rules, DecayRule)
 
 
 def parse_lr_rules(rules: LrRules | None) -> tuple[LrRule, ...]:
@@ -66,10 +66,11 @@ def parse_lr_rules(rules: LrRules | None) -> tuple[LrRule, ...]:
     >>> parse_lr_rules({"head.*": "1e-3", "backbone": {"params": "backbone.*", "lr_mult": 0.1}})
     (LrRule(0.001, params='head.*', group='head'), LrRule(lr_mult=0.1, params='backbone.*', group='backbone'))
     """
-    return () if rules is None else _parse(rules, LrRule)
+    return () if rules is None else parse_as(rules, LrRule)
 
 
-def _parse(rules: DecayRules, kind: type[_Rule]) -> tuple[_Rule, ...]:
+def parse_as(rules: DecayRules, kind: type[_Rule]) -> tuple[_Rule, ...]:
+    """The rules of one kind, in any form that users write, as objects; see :func:`parse_rules`."""
     rules = _with_preset(rules)
     if is_preset(rules):
         parsed = _from_preset(cast("Mapping[str, Any]", rules), kind)
@@ -128,7 +129,7 @@ def shortest_rules(rules: DecayRules, kind: type[Rule] = DecayRule) -> dict[str,
     >>> shortest_rules({"*.bias": DecayRule(0.0), "head": {"params": "head.*", "weight_decay": "1e-3"}})
     {'*.bias': 0.0, 'head': {'weight_decay': 0.001, 'params': 'head.*'}}
     """
-    _parse(rules, kind)  # which finds every mistake
+    parse_as(rules, kind)  # which finds every mistake
     rules = _with_preset(rules)
     if is_preset(rules):
         return _plain_preset(cast("Mapping[str, Any]", rules))
@@ -160,7 +161,7 @@ def loggable_rules(rules: DecayRules, kind: type[Rule] = DecayRule) -> dict[str,
     if isinstance(shortest, dict):
         return shortest
     found: dict[str, Any] = {}
-    for rule in _parse(rules, kind):
+    for rule in parse_as(rules, kind):
         fields = plain_rules(rule)
         name = unique_name(fields["group"], found)
         if name == fields["group"]:
