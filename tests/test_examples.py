@@ -93,3 +93,14 @@ def test_the_example_without_lightning(tmp_path):
     assert "param groups of the optimizer: 1\n" in output
     assert float(output.split()[-1]) > 0.9
     assert not list(tmp_path.iterdir())
+
+
+def test_the_finetuning_example(tmp_path):
+    output = run_python(EXAMPLES / "finetune.py", "--epochs", 1, "--shots", 2, cwd=tmp_path, timeout=240)
+    groups, in_force = output.split("In force at the last step:")
+    assert re.search(r"^layer_2\.decay .* 0\.75 x optimizer's$", groups, re.MULTILINE)
+    lrs = {name: float(lr) for name, lr in re.findall(r"^(\S+) .* (\S+)$", in_force, re.MULTILINE) if "decay" in name}
+    assert lrs["layer_1.decay"] / lrs["decay"] == lrs["layer_1.no_decay"] / lrs["no_decay"]
+    assert abs(lrs["stem.decay"] / lrs["decay"] - 0.75**4) < 1e-4
+    assert re.search(r"accuracy on 5 to 9 from 2 examples each: 0\.\d+ finetuned, 0\.\d+ without", output)
+    assert list(tmp_path.iterdir()) == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import doctest
 import functools
+import io
 import logging
 import math
 import re
@@ -32,6 +34,14 @@ OF_RULES, OF_RESUMING, OF_TUNING, OF_THE_COMMAND_LINE = (
 )
 
 
+def blocks_and_output(page):
+    """The Python blocks of a page, each with the text block right after it, None where there is none."""
+    found = re.findall(
+        r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", page.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    return [(block, shown or None) for block, shown in found]
+
+
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
@@ -56,16 +66,19 @@ def programs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("readme"))
         for page in [README, *GUIDES]:
-            names = dict(found.get(README, {}))
+            names, outputs = dict(found.get(README, {})), []
             log = Log()
             rank_zero.log.addHandler(log)  # where Lightning logs what is for the user
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                for block in blocks(page, "python"):
-                    exec(block, names)
+                for block, shown in blocks_and_output(page):
+                    with contextlib.redirect_stdout(io.StringIO()) as printed:
+                        exec(block, names)
+                    if shown is not None and "\nprint(" in block:
+                        outputs.append((shown.strip(), printed.getvalue().strip()))
             rank_zero.log.removeHandler(log)
             of_ours = [str(one.message) for one in caught if "lightning_regdecay" in one.filename]
-            found[page] = {**names, "log": log.lines, "warnings": of_ours}
+            found[page] = {**names, "log": log.lines, "warnings": of_ours, "outputs": outputs}
     return found
 
 
@@ -103,8 +116,15 @@ def test_the_optimizers_that_are_built(programs):
     assert [group["name"] for group in optimizer.param_groups] == ["bias", "norm", "head", "rest"]
 
 
-def test_the_printed_table_is_the_real_one(programs):
-    assert blocks(README, "text")[0].strip() == str(programs[README]["LitModel"]().decay_groups)
+@pages
+def test_what_is_shown_below_a_block_is_what_it_prints(programs, page):
+    for shown, printed in programs.get(page, {}).get("outputs", []):
+        assert printed == shown
+
+
+def test_tables_are_shown(programs):
+    assert len(programs[README]["outputs"]) >= 1
+    assert len(programs[ROOT / "examples" / "learning-rates.md"]["outputs"]) >= 2
 
 
 @pages

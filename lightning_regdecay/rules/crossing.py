@@ -11,6 +11,8 @@ from lightning_regdecay.rules.forms import DecayRules, LrRules, parse_lr_rules, 
 from lightning_regdecay.rules.names import safe_name, unique_name
 from lightning_regdecay.rules.rules import OWN, DecayRule, LrRule
 
+_LONGEST = 40
+
 Pair: TypeAlias = tuple[str | None, str | None]
 """The group of a decay rule and that of an lr rule; None where no rule has taken a parameter."""
 
@@ -120,12 +122,17 @@ class RuleSet:
         return {(d, r): Treatment(decay.get(str(d)), lr.get(str(r))) for d, r in self.names()}
 
     def text_of(self, pair: Pair) -> str:
-        """The selectors of the rules that a group is made of."""
+        """The selectors of the rules that a group is made of, for a table; long ones are cut."""
         decay, lr = (
-            " ; ".join(rule.selector_text for rule in rules if rule.group == name)
+            shortened(" ; ".join(rule.selector_text for rule in rules if rule.group == name))
             for name, rules in zip(pair, (self.decay, self.lr))
         )
         return f"{decay or '(no rule)'} x {lr}" if lr else decay or "(no rule)"
+
+
+def shortened(text: str) -> str:
+    """A text that fits a table cell."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 2]} …"
 
 
 class GivenRules(NamedTuple):
