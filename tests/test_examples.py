@@ -7,6 +7,7 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
 from helpers import run_python
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -103,4 +104,15 @@ def test_the_finetuning_example(tmp_path):
     assert lrs["layer_1.decay"] / lrs["decay"] == lrs["layer_1.no_decay"] / lrs["no_decay"]
     assert abs(lrs["stem.decay"] / lrs["decay"] - 0.75**4) < 1e-4
     assert re.search(r"accuracy on 5 to 9 from 2 examples each: 0\.\d+ finetuned, 0\.\d+ without", output)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_example_in_transformers_trainer(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    output = run_python(EXAMPLES / "transformers_trainer.py", cwd=tmp_path, timeout=300)
+    assert re.search(r"^embeddings\.no_decay .* 0 +0\.006$", output, re.MULTILINE)
+    assert re.search(r"^attn .* 0\.05 +0\.003$", output, re.MULTILINE)
+    assert "param groups of the optimizer: 2" in output
+    assert float(re.search(r"loss on textwrap: (\S+)", output)[1]) < 4
     assert list(tmp_path.iterdir()) == []

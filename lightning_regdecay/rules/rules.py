@@ -36,7 +36,8 @@ class DecayRule(Rule):
             tests go by name: ``"depthwise"`` for what a convolution with as many groups as input channels owns,
             ``"marked"`` for parameters that the model has marked (``parameter._no_weight_decay = True``, as Mamba, S4),
             ``"no_weight_decay"`` and ``"no_weight_decay_keywords"`` for what the model itself lists, by its methods of
-            these names (see :func:`~lightning_regdecay.rules.presets.timm_rules`).
+            these names (see :func:`~lightning_regdecay.rules.presets.timm_rules`); ``"unexpected"`` is an error where a
+            parameter passes all other selectors.
         group: the name of the group. Rules that share it and agree on strength and options form one group.
         lr_mult: a factor on the lr that the optimizer, or its param group, has at each step: what lr schedulers set is
             multiplied, too. 0 trains nothing.

@@ -366,6 +366,28 @@ class TestWhatTheModelLists:
         assert "does not take it: 'no_weight_decay' is false for it" in groups.explain("head.weight")
 
 
+class Experts(nn.Module):
+    """Stacked, with biases of two dimensions, as gpt-oss's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(2, 4, 8))
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(2, 8))
+        self.router = nn.Linear(4, 2)
+
+
+def test_what_the_presets_miss_on_stacked_experts():
+    kept = {
+        name
+        for name in CONVENTIONAL
+        if not decays(Experts(), {"preset": name, "weight_decay": 0.1})["gate_up_proj_bias"]
+    }
+    assert kept == {"transformers", "transformers_examples", "lightly"}
+    for name in CONVENTIONAL:
+        rules = [{"params": "*_bias", "weight_decay": 0.0}, {"preset": name, "weight_decay": 0.1}]
+        assert decays(Experts(), rules)["gate_up_proj_bias"] == 0.0
+
+
 class TestMarks:
     """As Mamba and S4 mark parameters, for code of their own to find."""
 
