@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_regdecay.groups.groups import DecayGroups, build_decay_groups
 from lightning_regdecay.groups.shards import remember_flattened
-from lightning_regdecay.optim.checks import warn_of_strays
+from lightning_regdecay.optim.checks import warn_of_lrs, warn_of_strays
 from lightning_regdecay.optim.holders import unwrapped
 from lightning_regdecay.optim.in_force import armed_for, every_room, has_members, put_in_force, rooms_in_force
 from lightning_regdecay.optim.resuming import stop_carrying
@@ -111,6 +111,7 @@ class RulesForAFit(AnyCallback):
         self._put_in_force(trainer)
         for room in self._rooms:
             room.parting.begin_run(room.groups, 0 if trainer.global_step == 0 else None)
+            warn_of_lrs(room)
         self._witnesses = [Witness(room) for room in self._rooms]
         self._steps_seen, self._is_under_way = trainer.global_step, True
 
@@ -128,7 +129,8 @@ class RulesForAFit(AnyCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put the rules in force in optimizers that took the place of others."""
-        self._put_in_force(trainer)
+        # The model may have set others where the epoch started, after this callback was told of that.
+        self._put_in_force(trainer, anew=batch_idx == 0)
         for witness in self._witnesses:
             witness.begin_batch(is_alone=pl_module.automatic_optimization)
 

@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex, overload
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names, problem_of
+from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names, problem_of, taking_groups
 from lightning_regdecay.groups.parameters import ModelParameter, class_of, model_parameters
 from lightning_regdecay.groups.shards import original_shape
 from lightning_regdecay.groups.tables import Lines, Table, Tabular
@@ -20,7 +20,7 @@ from lightning_regdecay.rules.forms import DecayRules, LrRules
 from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.rules import OWN, DecayRule, LrRule
 from lightning_regdecay.rules.scalars import nonnegative_number, true_or_false
-from lightning_regdecay.rules.schedules import DecaySchedule, scheduled_param_group
+from lightning_regdecay.rules.schedules import LR_MULT_KEY, DecaySchedule, scheduled_param_group
 from lightning_regdecay.rules.selectors import Rule, classes_of, patterns_of
 
 NAMES_KEY = "decay_params"
@@ -113,7 +113,7 @@ class DecayGroup:
                     f"group {self.name!r} has lr_mult={lr_mult:g}, a factor on the optimizer's own lr, which is not "
                     "known here; pass it: as_param_group(lr=1e-3)"
                 )
-            group["lr"] = lr_mult * lr
+            group["lr"], group[LR_MULT_KEY] = lr_mult * lr, lr_mult
         return group
 
     def as_param_group_of_own_strength(self) -> dict[str, Any]:
@@ -280,12 +280,14 @@ def build_decay_groups(
 
     problems: list[str] = []
     remarks: list[str] = []
-    takers = []
+    takers, takers_of_others = [], []
+    others = [p for p in parameters if not p.parameter.requires_grad]
     for rules_of_kind in (rule_set.decay, rule_set.lr):
         matchers = [Matcher(rule) for rule in rules_of_kind]
         taken_by = first_takers(matchers, trainable)
         _review(module, matchers, parameters, trainable, taken_by, problems, remarks)
         takers.append([None if number is None else str(rules_of_kind[number].group) for number in taken_by])
+        takers_of_others.append(taking_groups(rules_of_kind, others) if rule_set.lr else [])
     if problems and strict:
         raise ValueError("\n".join(problems))
     for line in problems + remarks:
@@ -295,6 +297,8 @@ def build_decay_groups(
     for parameter, pair in zip(trainable, zip(*takers)):
         members[pair][parameter.name] = parameter.parameter
     treatments, model = rule_set.treatments(), weakref.ref(module)
+    for pair in dict.fromkeys(zip(*takers_of_others)):  # which may train later
+        treatments[pair].check()
     groups = []
     for pair, name in rule_set.names().items():
         if members[pair]:

@@ -97,11 +97,11 @@ def _set_strengths(optimizer: Any, groups: DecayGroups, given: Sequence[Mapping[
             if group.name not in known or known[group.name] != own.get("weight_decay"):
                 own["weight_decay"] = group.rule.decay_mult * (own.get("weight_decay") or 0.0)
         elif room_of(optimizer) is None:
-            for key in STRENGTH_KEYS & asked.keys():
+            for key in sorted((STRENGTH_KEYS | group.treatment.options.keys()) & asked.keys()):
                 if not same(own.get(key), asked[key]):
                     raise ValueError(
                         f"group {group.name!r} has {key}={own.get(key)!r} in the {type(optimizer).__name__} that "
                         f"build_optimizer has made, and {asked[key]!r} by its rule; pass on the param_groups as they "
-                        "are, and set λ in the rules"
+                        "are, and set that in the rules"
                     )
             own.setdefault(NAMES_KEY, asked[NAMES_KEY])

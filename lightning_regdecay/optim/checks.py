@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
@@ -11,15 +12,16 @@ from torch import nn
 from lightning_regdecay.groups.groups import NAMES_KEY, DecayGroups
 from lightning_regdecay.groups.matching import listed
 from lightning_regdecay.groups.parameters import ModelParameter, model_parameters
-from lightning_regdecay.groups.places import Finds, Places
+from lightning_regdecay.groups.places import OUTSIDE, Finds, Places
 from lightning_regdecay.optim.decoupling import check_timescale, reads_option
 from lightning_regdecay.optim.holders import innermost, refuse_numbered, shared_lists, with_held
-from lightning_regdecay.optim.layers import Layer
+from lightning_regdecay.optim.layers import Layer, built_options, own_place
 from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.parts import Parted
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.rules import DecayRule
+from lightning_regdecay.rules.selectors import equal_options
 
 NO_WEIGHT_DECAY = "{optimizer} knows no weight decay, so decay rules cannot work with it; use one such as AdamW or SGD"
 _MOST_NAMED = 8  # parameters in a message
@@ -49,28 +51,15 @@ def check_family(family: list[Any], rooms: list[StepRoom], places: Places, finds
     trial = Parting(getattr(innermost(family), "defaults", {}))
     trial.layers = [Layer(places)]
     every = _seen(trial, family, rooms, finds)
-    for parted in every:
-        for place in [part.place for part in parted.parts]:
-            if parted.has_strengths and place.options:
-                raise ValueError(
-                    f"group {place.group!r} has the options {listed(sorted(place.options))}; in an optimizer that is "
-                    f"not built over the decay groups, such as this {kind}, rules set the weight decay and a factor on "
-                    "the lr (lr_mult) alone: build it over them (build_optimizer of WeightDecayMixin, or "
-                    "build_decay_groups(model, rules).as_param_groups()), or set the options in its own param groups"
-                )
-            if place.lr_mult is not None and parted.group.get("lr", trial.defaults.get("lr")) is None:
-                raise ValueError(
-                    f"group {place.group!r} has lr_mult={place.lr_mult:g}, a factor on the lr of its param group, and "
-                    f"{kind} has no lr there; give it one, or leave lr_mult out"
-                )
     _check_alone(rooms, places, finds)
-    _check_parts(family, every, rooms)
+    _check_parts(family, every, rooms, [places])
     _warn_of_no_decay(every, kind, trial.defaults)
 
 
 def check_room(room: StepRoom) -> None:
     """Raise where the param groups of a room cannot be cut as the rules of today would cut them."""
-    _check_parts(room.members, room.parting.seen(room.groups), [room])
+    places = [layer.places for layer in room.parting.layers]
+    _check_parts(room.members, room.parting.seen(room.groups), [room], places)
 
 
 def _seen(trial: Parting, family: list[Any], rooms: list[StepRoom], finds: Finds) -> list[Parted]:
@@ -80,7 +69,41 @@ def _seen(trial: Parting, family: list[Any], rooms: list[StepRoom], finds: Finds
     return trial.seen(groups, finds)
 
 
-def _check_parts(family: list[Any], every: list[Parted], rooms: list[StepRoom]) -> None:
+def _check_options(parted: Parted, kind: str, built: Mapping[str, Any], defaults: Any) -> None:
+    """Raise for options of rules, λ and a factor on the lr aside, that a param group was not built with."""
+    for place in [part.place for part in parted.parts if part.place is not OUTSIDE]:
+        if built and not equal_options(built, place.options):
+            raise ValueError(
+                f"the options of group {place.group!r} were {dict(built)} when its optimizer was built, and are "
+                f"{dict(place.options)} now: λ and a factor on the lr (lr_mult) may change while training, these may "
+                "not; set them in optimizer.param_groups, or build the optimizer anew"
+            )
+        if not equal_options(built, place.options):
+            raise ValueError(
+                f"group {place.group!r} has the options {listed(sorted(place.options))}; in an optimizer that is not "
+                f"built over the decay groups, such as this {kind}, or for parameters that come to it later, rules set "
+                "the weight decay and a factor on the lr (lr_mult) alone: build it over them (build_optimizer of "
+                "WeightDecayMixin, or build_decay_groups(model, rules).as_param_groups()), or set the options in its "
+                "own param groups"
+            )
+        if place.lr_mult is not None and parted.group.get("lr", defaults.get("lr")) is None:
+            raise ValueError(
+                f"group {place.group!r} has lr_mult={place.lr_mult:g}, a factor on the lr of its param group, and "
+                f"{kind} has no lr there; give it one, or leave lr_mult out"
+            )
+
+
+def _check_parts(family: list[Any], every: list[Parted], rooms: list[StepRoom], places: Sequence[Places]) -> None:
+    kind, defaults = type(family[0]).__name__, getattr(innermost(family), "defaults", {})
+    layers = [layer for room in rooms for layer in room.parting.layers]
+    for parted in every:
+        built = [options for one in places if (options := built_options(parted.group, layers, one))]
+        _check_options(parted, kind, built[0] if built else {}, defaults)
+    is_cut = any(parted.is_cut and len(parted.parts) > 1 for parted in every)
+    if is_cut and any(cls.__name__ == "LBFGS" for cls in type(innermost(family)).__mro__):
+        raise ValueError(
+            f"{kind} takes one param group, so rules cannot have several in its steps; use another optimizer"
+        )
     rules = {part.place.rule for parted in every for part in parted.parts if part.place.rule is not None}
     if any(rule.weight_decay != 0 and rule.decay_mult != 0 for rule in rules):
         check_decays(family)
@@ -88,7 +111,8 @@ def _check_parts(family: list[Any], every: list[Parted], rooms: list[StepRoom]) 
         for part in parted.parts:
             if part.place.schedule is not None and part.place.schedule.schedule == "timescale":
                 check_timescale(innermost(family, parted.group), parted.group, part.place.group)
-    if any(parted.is_cut and len(parted.parts) > 1 for parted in every):
+    has_factors = any(part.lr_mult is not None for parted in every for part in parted.parts)
+    if is_cut or has_factors:  # without which `base_lrs` were noted
         known = [room.numbered for room in rooms if room.numbered is not None]
         refuse_numbered(family, among=known[0] if known else None)
 
@@ -186,6 +210,20 @@ def warn_of_strays(rooms: Iterable[StepRoom], every: Iterable[StepRoom]) -> None
         held = {id(p) for root in roots for group in root.param_groups for p in group["params"]}
         missing = [p.name for model in models for p in model if _is_missing(p, held)]
         _tell(room, missing, "trainable, but in no optimizer")
+
+
+def warn_of_lrs(room: StepRoom) -> None:
+    """Name param groups of an own optimizer that begin with another lr than that of their rule."""
+    for group in room.groups:
+        places = [place for layer in room.parting.layers if (place := own_place(group, layer.places)) is not None]
+        lr = places[0].options.get("lr") if places else None
+        held = group.get("initial_lr", group.get("lr"))
+        if lr is not None and held is not None and not math.isclose(float(held), float(lr), rel_tol=1e-6):
+            rank_zero_warn(
+                f"group {places[0].group!r} begins with the lr {float(held):g}, and its rule gives {float(lr):g}: an "
+                "lr scheduler or callback that sets the lr of all groups, or a checkpoint, has set it; lr_mult is a "
+                "factor on whatever they set"
+            )
 
 
 def _is_missing(parameter: ModelParameter, held: set[int]) -> bool:

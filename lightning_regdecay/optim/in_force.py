@@ -9,13 +9,13 @@ from typing import Any
 from lightning.fabric.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_regdecay.groups.groups import DecayGroups, build_decay_groups
+from lightning_regdecay.groups.groups import NAMES_KEY, DecayGroups, build_decay_groups
 from lightning_regdecay.groups.parameters import without_wrappers
 from lightning_regdecay.groups.places import Places
 from lightning_regdecay.optim.checks import check_family, check_room, warn_of_strays
 from lightning_regdecay.optim.decoupling import check_timescale
 from lightning_regdecay.optim.holders import check_is_optimizer, families, innermost, unwrapped, with_held
-from lightning_regdecay.optim.layers import Layer, is_own
+from lightning_regdecay.optim.layers import Layer, built_options, is_own
 from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.registry import Registry
 from lightning_regdecay.optim.step_room import StepRoom
@@ -256,7 +256,8 @@ def put_in_force(
         layers = room.parting.layers if room.is_armed else []
         others = [layer for layer in layers if layer.places.module() not in (None, module)]
         own = room.parting.own_strengths(room.groups, places)
-        room.parting.layers = [*others, Layer(places, own, by_user=by_user)]
+        built = {str(g.get("name")): built_options(g, layers, places) for g in room.groups if NAMES_KEY in g}
+        room.parting.layers = [*others, Layer(places, own, by_user, built)]
         room.parting.take_up_rules(room.groups, room.parting.find() if others else finds)
 
     return _carry_out(plans if all_of_them else known, rule)

@@ -17,6 +17,12 @@ from lightning_regdecay.optim.seen import Group
 from lightning_regdecay.optim.strengths import Strengths, as_number, first_peak
 from lightning_regdecay.rules.schedules import FIELDS, PEAK_KEY, SCHEDULE_KEY, STEP_KEY, DecaySchedule, schedule_of
 
+SEVERAL = (
+    "this optimizer notes numbers in its param groups that go by the lr, and with factors on the lr (lr_mult) they "
+    "differ inside of one: a checkpoint has one of each, so a run that goes on from it will not be that of one to the "
+    "bit; build the optimizer over the decay groups for that"
+)
+
 
 class Parting:
     """The param groups of one optimizer, or of several that share them, under rules."""
@@ -31,7 +37,7 @@ class Parting:
         self.has_news = True
         """Whether parameters came, or went."""
         self._parted: dict[int, Parted] = {}
-        self._has_moved = False
+        self._has_moved = self._has_several = False
 
     # In a step.
 
@@ -92,6 +98,9 @@ class Parting:
         for parted in self._parted.values():
             if parted.is_cut:
                 parted.write_back()
+                if parted.has_several and not self._has_several:
+                    self._has_several = True
+                    rank_zero_warn(SEVERAL)
 
     def counts(self, groups: Iterable[Group]) -> list[tuple[Group, int]]:
         """The counts of steps of param groups after one step more."""
@@ -276,6 +285,7 @@ class Parting:
             was_cut = parted.is_cut
             parted.divide(finds, self._is_ours(group, finds), not_lists)
             self.is_cut_anew |= parted.is_cut and len(parted.parts) > 1 and not was_cut
+            self.is_cut_anew |= not parted.is_ours and any(part.place.options for part in parted.parts)
             self._note_schedule(parted, done)
             found.append(parted)
         if any(is_own(group, layer.places) for layer in self.layers for group in groups):

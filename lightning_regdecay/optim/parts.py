@@ -21,13 +21,13 @@ from lightning_regdecay.groups.places import OUTSIDE, Finds, Place
 from lightning_regdecay.optim.seen import NOTHING, Changes, Group, Seen, copied, is_mutable
 from lightning_regdecay.optim.strengths import as_number
 from lightning_regdecay.rules.rules import DecayRule
-from lightning_regdecay.rules.schedules import STEP_KEY, DecaySchedule
+from lightning_regdecay.rules.schedules import LR_MULT_KEY, STEP_KEY, DecaySchedule
 
 
 class Part:
     """A copy of a param group with the parameters of one decay group and its λ."""
 
-    __slots__ = ("group", "held", "is_set", "number", "numbers", "place", "rule", "seen")
+    __slots__ = ("group", "held", "is_set", "lr_mult", "number", "numbers", "place", "rule", "seen")
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -36,6 +36,8 @@ class Part:
         self.place = OUTSIDE
         self.rule: DecayRule | None = None
         """The rule by which it has a λ of its own."""
+        self.lr_mult: float | None = None
+        """The factor on the lr of its param group."""
         self.numbers: list[int] = []
         """The numbers of its parameters in their param group."""
         self.number: float | None = None
@@ -45,13 +47,21 @@ class Part:
         self.is_set = False
         """Whether λ is set for the step under way."""
 
-    def put(self, place: Place, numbers: list[int], by_rule: bool) -> None:
-        """Give it the place and the parameters that it has from now on; λ of its own where its rule is to set that."""
+    def put(self, place: Place, numbers: list[int], by_rule: bool, lr_mult: float | None) -> None:
+        """Give it the place, the parameters and the factor that it has from now on.
+
+        Args:
+            place: the place.
+            numbers: the numbers of its parameters in their param group.
+            by_rule: whether its rule is to set λ in it.
+            lr_mult: the factor on the lr of the param group.
+        """
         rule = place.rule if by_rule else None
         if self.rule is not None and rule is None:
             self.group.pop("weight_decay", None)  # that of the rule before, which takes it no more
-        if self.place.lr_mult is not None and place.lr_mult is None:
+        if self.lr_mult is not None and lr_mult is None:
             self.group.pop("lr", None)
+        self.lr_mult = lr_mult
         self.place, self.rule, self.numbers, self.is_set = place, rule, numbers, False
         self.number = rule.weight_decay if rule is not None and isinstance(rule.weight_decay, float) else None
 
@@ -73,15 +83,15 @@ class Part:
         self.seen.note(self.group, "weight_decay")
 
     def set_lr(self, lr: Any, lr_mult: float) -> None:
-        """Set the lr, given that of the param group; a tensor stays the same tensor."""
+        """Set the lr, given that of the param group; a tensor stays the same tensor, unless it has a gradient."""
         own = self.group.get("lr")
-        if not isinstance(lr, Tensor):
+        if not isinstance(lr, Tensor) or lr.requires_grad:
             self.group["lr"] = None if lr is None else lr_mult * lr
-        elif isinstance(own, Tensor) and own is not lr:
+        elif isinstance(own, Tensor) and own is not lr and not own.requires_grad:
             with torch.no_grad():
                 own.copy_(lr_mult * lr)
         else:
-            self.group["lr"] = lr_mult * lr.detach()
+            self.group["lr"] = lr_mult * lr
 
 
 class Parted:
@@ -97,6 +107,7 @@ class Parted:
         "_defaults",
         "_no_lists",
         "group",
+        "has_several",
         "is_cut",
         "is_on_meta",
         "is_ours",
@@ -123,6 +134,8 @@ class Parted:
         """Whether the parts take its place in a step."""
         self.is_ours = False
         """Whether it was built as a decay group, so that λ is set in the group itself."""
+        self.has_several = False
+        """Whether the optimizer keeps numbers for each part, of which the group can hold one only."""
         self.seen = Seen(group)
         self.lrs = as_number(group.get("lr")), as_number(group.get("initial_lr"))
         """Its ``lr`` and ``initial_lr`` when the peak was found."""
@@ -139,7 +152,7 @@ class Parted:
     @property
     def lr_mult(self) -> float:
         """The factor on its lr, where it was built as a decay group."""
-        return next((one.place.lr_mult for one in self.parts if one.place.lr_mult is not None), 1.0)
+        return next((one.lr_mult for one in self.parts if one.lr_mult is not None), 1.0)
 
     @property
     def is_scheduled(self) -> bool:
@@ -172,10 +185,12 @@ class Parted:
             if part is None or part in self.parts:
                 part = Part(copy.copy(self.group))
                 part.group["params"] = []
-            part.put(place, own, by_rule=not is_ours)
+            part.put(place, own, not is_ours, _lr_mult_left(self.group, place) if is_ours else place.lr_mult)
             self.parts.append(part)
         self.is_ours = is_ours
-        self.is_cut = any(place.lr_mult is not None if is_ours else place.is_ruled for place in numbers)
+        self.is_cut = any(
+            part.lr_mult is not None or (not is_ours and part.place.rule is not None) for part in self.parts
+        )
         names = dict(zip(map(id, self.members or self._before), self.names))
         self.members = self._before = members
         # Of one that the model has let go of, the name that it had.
@@ -212,10 +227,13 @@ class Parted:
             return
         for part, (changed, gone) in zip(self.parts, every):
             by_rule = [] if part.rule is None else ["weight_decay"]
-            by_rule += [] if part.place.lr_mult is None else ["lr"]
             for key in changed:
-                if key not in by_rule:
+                if key == "lr" and part.lr_mult is not None:
+                    if part.lr_mult:  # which an optimizer has set itself
+                        self.group["lr"] = part.group["lr"] / part.lr_mult
+                elif key not in by_rule:
                     self._put(part, key, every)
+                    self.has_several |= part.lr_mult is not None and self._differs(key)
             for key in gone:
                 if key not in by_rule:
                     self.group.pop(key, None)
@@ -235,8 +253,8 @@ class Parted:
         own = part.group.get(key)
         if key == STEP_KEY:
             return
-        if key == "lr" and part.place.lr_mult is not None:
-            part.set_lr(value, part.place.lr_mult)
+        if key == "lr" and part.lr_mult is not None:
+            part.set_lr(value, part.lr_mult)
         elif self._is_list(key):
             entries = [value[number] for number in part.numbers]
             if own is not value and type(own) is list:
@@ -280,6 +298,11 @@ class Parted:
         else:
             self.group[key] = value if len(self.parts) == 1 else copied(value)
 
+    def _differs(self, key: str) -> bool:
+        """Whether the optimizer has written numbers into the parts that are not those of one param group."""
+        values = [part.group.get(key) for part in self.parts]
+        return all(isinstance(value, (int, float)) for value in values) and len(set(values)) > 1
+
     def _is_list(self, key: str) -> bool:
         """Whether an option is a list with an entry for each parameter, as ``params`` and ``param_names``."""
         value = self.group.get(key)
@@ -295,6 +318,14 @@ class Parted:
         return key not in self.group and all(
             type(part.group[key]) is list and len(part.group[key]) == len(part.numbers) for part in self.parts
         )
+
+
+def _lr_mult_left(group: Group, place: Place) -> float | None:
+    """The factor of a rule on the lr of a group that was built as a decay group, less what its lr has in it already."""
+    given, wanted = group.get(LR_MULT_KEY), place.lr_mult
+    if given is None or given == wanted:
+        return None if given == wanted else wanted
+    return (1.0 if wanted is None else wanted) / given if given else wanted
 
 
 def no_lists(groups: Iterable[Group]) -> frozenset[str]:

@@ -11,15 +11,19 @@ from lightning_regdecay.rules.scalars import nonnegative_number, positive_number
 PlainRules: TypeAlias = list[dict[str, Any]]
 
 STEM = (
-    r"re:(^|\.)((cls|class|dist|mask|reg|register)_tokens?|pos(ition(al)?)?_embed\w*|patch_embed\w*|embed_(tokens|in)|"
-    r"embeddings?|\w+_embeddings?|embedder|wte|wpe|conv_proj|stem|conv1|bn1|norm_pre|ln_pre|pre_layr?norm)(\.|$)"
+    r"re:(^|\.)((cls|class|dist|mask|reg|register)_tokens?|pos(ition(al)?)?_embed\w*|patch_embed\w*|embeddings?|embedder|"
+    r"embed_(tokens|in|positions)|\w+_embeddings?|wte|wpe|conv_proj|stem|feature_(extractor|projection)|norm_pre|ln_pre|"
+    r"pre_layr?norm)(\.|$)|^\D*(^|\.)(conv[12]|bn1)\."
 )
 """What comes before the first layer: tokens, embeddings, stems of transformers, ResNets and ConvNeXts."""
 _FINAL_NORM = r"re:^(?!heads?\.|classifier\.)([A-Za-z_]\w*\.)?norm\."
-_USUAL = r"re:^\D*((^|\.)(blocks?|layers?|h|resblocks)\.|encoder_layer_){}\."
+_FRONT = r"re:^([^.]*[^.\d][^.]*\.)*?"
+"""Names above a layer, of which none is a number."""
+_USUAL = _FRONT + r"((blocks?|layers?|h|resblocks)\.|encoder_layer_){}\."
 """A layer by the usual names, of which the first that has a number counts."""
 _DOWNSAMPLING = r"downsampl\w*\."
 """What brings a stage down to its size, and counts as a part of its first layer."""
+_MOST_LAYERS = 1000
 _OTHER = r"(?!(?:{})(?!\d))\d+"
 """A number other than some."""
 
@@ -47,8 +51,10 @@ def layerwise_lr_rules(
         layers: the pattern of a layer's parameters with ``{}`` in the place of its number, ``"encoder.block.{}.*"``;
             with ``{}`` for stage and layer where there are stages, or a list of a pattern for each stage. By default
             the usual names: ``blocks.{}``, ``layers.{}``, ``layer.{}``, ``h.{}``, ``block.{}``, of which the first that
-            has a number counts; for stages ``stages.{}.blocks.{}`` and the like, ``layer1.0`` and the like (ResNet).
-        stem: patterns of what comes before the layers; by default tokens, embeddings and the usual stems.
+            has a number counts, so that layers of an encoder and a decoder share theirs; for stages
+            ``stages.{}.blocks.{}`` and the like, ``layer1.0`` and the like (ResNet).
+        stem: patterns of what comes before the layers; by default tokens, embeddings and the usual stems. None for
+            nothing.
         norm_with_layers: True to have the norm after the layers (``norm``) with the last of them, as timm does; in BEiT
             it is with the head.
 
@@ -72,7 +78,8 @@ def layerwise_lr_rules(
         lr_mult = max(decay ** (len(every) - number), least)
         rules.append({"params": pattern, "lr_mult": lr_mult, "group": f"layer_{number}"})
     last, lr_mult = rules[-1], max(decay ** (len(every) + 1), least)
-    rules.append({"params": stem, "lr_mult": lr_mult, "group": "stem", "optional": True})
+    if stem:
+        rules.append({"params": stem, "lr_mult": lr_mult, "group": "stem", "optional": True})
     if true_or_false("norm_with_layers", norm_with_layers):
         rules.append({**last, "params": _FINAL_NORM, "optional": True})
     return rules
@@ -173,12 +180,12 @@ def _usual_stages(counts: Sequence[int]) -> tuple[list[str], list[str]]:
     every: list[str] = []
     beyond: list[str] = []
     for stage, count in enumerate(counts):
-        start = rf"re:^\D*(^|\.)((stages|layers)\.{stage}\.\w+\.|layer{stage + 1}\.)"
+        start = rf"{_FRONT}((stages|layers)\.{stage}\.\w+\.|layer{stage + 1}\.)"
         every += [rf"{start}{number}\." for number in range(count)]
-        every[-count] += rf"|^\D*(^|\.)(stages|layers)\.{stage}\.{_DOWNSAMPLING}"
+        every[-count] += rf"|{_FRONT.removeprefix('re:')}(stages|layers)\.{stage}\.{_DOWNSAMPLING}"
         beyond.append(rf"{start}{_other_than(range(count))}\.")
     other, of_resnet = _other_than(range(len(counts))), _other_than(range(1, len(counts) + 1))
-    return every, [*beyond, rf"re:^\D*(^|\.)((stages|layers)\.{other}|layer{of_resnet})\."]
+    return every, [*beyond, rf"{_FRONT}((stages|layers)\.{other}|layer{of_resnet})\."]
 
 
 def _other_than(known: Iterable[int]) -> str:
@@ -195,13 +202,20 @@ def _as_regex(template: str) -> str:
 
 def _counts(depths: Any) -> int | list[int]:
     if isinstance(depths, Iterable) and not isinstance(depths, (str, Mapping)):
-        counts = [whole_number("depths", one, least=1) for one in depths]
+        counts = [_count(one) for one in depths]
         if not counts or None in counts:
             raise ValueError(f"depths must be the layers of each stage, such as [3, 4, 6, 3], got {depths!r}")
         return [one for one in counts if one is not None]
-    count = whole_number("depths", depths, least=1)
+    count = _count(depths)
     if count is None:
         raise ValueError("depths must be given: how many layers the model has, or a list of how many in each stage")
+    return count
+
+
+def _count(value: Any) -> int | None:
+    count = whole_number("depths", value, least=1)
+    if count is not None and count > _MOST_LAYERS:
+        raise ValueError(f"depths must be at most {_MOST_LAYERS}, a rule for each layer, got {value!r}")
     return count
 
 

@@ -117,9 +117,9 @@ class RuleSet:
 
     def treatments(self) -> Mapping[Pair, Treatment]:
         """What becomes of the parameters of every group that there can be; of rules that share one, the first."""
-        decay = {str(rule.group): rule for rule in reversed(self.decay)}
-        lr = {str(rule.group): rule for rule in reversed(self.lr)}
-        return {(d, r): Treatment(decay.get(str(d)), lr.get(str(r))) for d, r in self.names()}
+        decay: dict[str | None, DecayRule] = {rule.group: rule for rule in reversed(self.decay)}
+        lr: dict[str | None, LrRule] = {rule.group: rule for rule in reversed(self.lr)}
+        return {(d, r): Treatment(decay.get(d), lr.get(r)) for d, r in self.names()}
 
     def text_of(self, pair: Pair) -> str:
         """The selectors of the rules that a group is made of, for a table; long ones are cut."""

@@ -8,8 +8,11 @@ from lightning_regdecay.rules.by_layer import STEM, PlainRules
 from lightning_regdecay.rules.scalars import nonnegative_number, number_of, true_or_false
 
 EMBEDDINGS = ["torch.nn.Embedding", "torch.nn.EmbeddingBag"]
-HEADS = r"re:(^|\.)(lm_head|heads?|classifier|embed_out|pooler|score|output_projection)(\.|$)"
-"""The usual names of what makes the output."""
+HEADS = (
+    r"re:(^|\.)(lm_head|heads?|classifier|embed_out|pooler|score|output_projection|rel(ative)?_pos\w*)(\.|$)|"
+    r"^([A-Za-z_]\w*\.)?fc\."
+)
+"""The usual names of what makes the output, and of tables of relative positions."""
 
 
 def muon_lr_rules(
@@ -47,7 +50,9 @@ def muon_lr_rules(
         found = {**selectors, **own, "options": options, "group": "muon" if is_muon else "adamw"}
         return found if is_muon else {**found, "optional": True}
 
-    outside = [heads] if isinstance(heads, str) else list(heads)
+    if not isinstance(heads, (str, list, tuple)):
+        raise TypeError(f"heads must be a pattern or a list of patterns, got {heads!r}")
+    outside = [heads] if isinstance(heads, str) else heads
     return [
         rule(False, params=[*outside, STEM]),
         rule(False, modules=EMBEDDINGS),

@@ -94,8 +94,8 @@ class LrRule(Rule):
     gives its lr, the first decay rule its λ, each whatever the other does; a group is what one of each has taken.
 
     Args:
-        lr: the lr of the group, where the optimizer is built over the groups; lr schedulers begin with it. A number or
-            its text.
+        lr: the lr of the group, where the optimizer is built over the groups; lr schedulers begin with it, and those
+            that set the lr of all groups take its place. A number or its text.
         lr_mult: instead of ``lr``, a factor on the lr that the optimizer, or its param group, has at each step: what
             lr schedulers set is multiplied, too. 0 trains nothing.
         params: as in :class:`DecayRule`, like all selectors.

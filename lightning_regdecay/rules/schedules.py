@@ -21,6 +21,8 @@ STRENGTH_KEYS = {"weight_decay", SCHEDULE_KEY, STEP_KEY}
 """All that a param group holds of its λ."""
 PEAK_KEY = "decay_peak_lr"
 """Where a param group with a schedule notes the peak of its lr, which goes on with the lr in a resumed run."""
+LR_MULT_KEY = "decay_lr_mult"
+"""Where a param group notes the factor of a rule that its lr has in it already."""
 _LENGTHS = ("steps", "epochs")
 _DELAYS = ("delay_steps", "delay_epochs")
 FIELDS: dict[str, tuple[str, ...]] = {

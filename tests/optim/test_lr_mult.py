@@ -321,3 +321,200 @@ class TestInAFit:
         groups = build_decay_groups(Net(), {"*": 0.1}, lr_rules={"head.*": {"lr_mult": 0.25}})
         assert "head.rest  * x head.*" in str(groups)
         assert "0.25 x optimizer's" in str(groups)
+
+
+class TestOptionsThatAnOptimizerWasBuiltWith:
+    """In force, or an error."""
+
+    def own(self, lr_rules, rules=RULES):
+        model = Net()
+        groups = build_decay_groups(model, rules, lr_rules=lr_rules)
+        optimizer = torch.optim.AdamW(groups.as_param_groups(0.1, lr=0.02), lr=0.02)
+        apply_decay_rules(optimizer, model, rules, lr_rules=lr_rules)
+        return model, optimizer
+
+    @pytest.mark.parametrize("rules", [{}, {"body.*": 0.5}])
+    @pytest.mark.parametrize("lr_rule", [1e-5, {"options": {"betas": (0.5, 0.9)}}])
+    def test_not_in_one_of_others_whatever_the_decay_rules_take(self, rules, lr_rule):
+        model = Net()
+        groups = [{"params": [*model.body.parameters(), *model.norm.parameters()]}, {"params": model.head.parameters()}]
+        optimizer = adamw(groups)
+        with pytest.raises(
+            ValueError, match=r"group 'head.default' has the options .* not built over the decay groups"
+        ):
+            apply_decay_rules(optimizer, model, rules, lr_rules={"head.*": lr_rule})
+
+    @pytest.mark.parametrize("lr_rules", [{"head.*": 1e-4}, {"head.*": {"lr_mult": 0.1}}, {}, {"body.*": 1e-2}])
+    def test_others_later_are_told(self, lr_rules):
+        model, optimizer = self.own({"head.*": 1e-2})
+        before = [group["lr"] for group in groups_in_force(optimizer)]
+        with pytest.raises(ValueError, match=r"has the options|when its optimizer was built"):
+            apply_decay_rules(optimizer, model, RULES, lr_rules=lr_rules)
+        assert [group["lr"] for group in groups_in_force(optimizer)] == before
+        apply_decay_rules(optimizer, model, {"*": 0.7}, lr_rules={"head.*": 1e-2, "body.*": {"lr_mult": 0.5}})
+        found = {name: group["lr"] for group in groups_in_force(optimizer) for name in group["param_names"]}
+        assert (found["head.weight"], found["body.weight"], found["norm.weight"]) == (1e-2, 0.01, 0.02)
+
+    def test_a_model_that_changes_them_where_an_epoch_starts_stops(self):
+        class Lit(LitWithFactor):
+            def on_train_epoch_start(self):
+                if self.current_epoch == 1:
+                    self.lr_rules = {"head.*": 1e-4}
+
+        with pytest.raises(ValueError, match="when its optimizer was built"):
+            trainer(max_epochs=2).fit(Lit(lr_rules={"head.*": 1e-2}))
+
+    def test_a_factor_that_a_model_changes_where_an_epoch_starts_is_in_force_in_it(self):
+        class Lit(LitWithFactor):
+            lrs = []
+
+            def on_train_epoch_start(self):
+                self.lr_rules = {"head.*": {"lr_mult": 0.5**self.current_epoch}}
+
+            def on_train_batch_end(self, *args):
+                groups = groups_in_force(self.trainer.optimizers[0])
+                self.lrs.append({group["name"]: group["lr"] for group in groups}["head.rest"])
+
+            def build_lr_scheduler(self, optimizer):
+                return None
+
+        model = Lit(lr_rules={"head.*": {"lr_mult": 1.0}})
+        trainer(max_epochs=2).fit(model)
+        assert model.lrs == [1e-2] * 4 + [5e-3] * 4
+
+    def test_parameters_that_come_later_are_told(self):
+        class Lit(LitWithFactor):
+            def on_train_epoch_start(self):
+                if self.current_epoch == 1:
+                    self.body.requires_grad_(True)
+                    self.trainer.optimizers[0].add_param_group({"params": list(self.body.parameters()), "lr": 1e-3})
+
+        model = Lit(lr_rules={"body.*": 1e-5})
+        model.body.requires_grad_(False)
+        with (
+            pytest.warns(UserWarning, match="takes frozen parameters only"),
+            pytest.raises(ValueError, match="for parameters that come to it later"),
+        ):
+            trainer(max_epochs=2).fit(model)
+
+    def test_rules_that_set_the_same_for_frozen_parameters_are_told(self):
+        model = Net()
+        model.body.requires_grad_(False)
+        rules = {"body.*": {"weight_decay": 0.1, "lr_mult": 0.5}, "*": 0.2}
+        with pytest.raises(ValueError, match="both set lr"):
+            build_decay_groups(model, rules, lr_rules={"body.*": 1e-3})
+
+    def test_lost_in_build_optimizer_they_are_told(self):
+        class Lit(LitWithFactor):
+            def build_optimizer(self, param_groups):
+                return adamw([{key: group[key] for key in ("params", "weight_decay")} for group in param_groups])
+
+        with pytest.raises(
+            ValueError, match=r"group 'head.bias' has lr=0.02 in the AdamW that build_optimizer has made"
+        ):
+            Lit(lr_rules={"head.*": 1e-5}).configure_optimizers()
+
+    def test_an_lr_that_a_scheduler_overrides_is_named(self):
+        class Lit(LitWithFactor):
+            def build_lr_scheduler(self, optimizer):
+                return one_cycle(optimizer, [1.0] * len(optimizer.param_groups))
+
+        with pytest.warns(UserWarning, match=r"group 'head.bias' begins with the lr 0\.002, and its rule gives 1e-05"):
+            trainer(max_epochs=1).fit(Lit(lr_rules={"head.*": 1e-5}))
+
+    def test_an_lr_that_a_checkpoint_overrides_is_named(self, tmp_path):
+        run = trainer(max_epochs=1)
+        run.fit(LitWithFactor(lr_rules={"head.*": 1e-5}))
+        run.save_checkpoint(tmp_path / "run.ckpt")
+        with pytest.warns(UserWarning, match=r"begins with the lr 1e-05, and its rule gives 0\.001: .* a checkpoint"):
+            trainer(max_epochs=2).fit(
+                LitWithFactor(lr_rules={"head.*": 1e-3}), ckpt_path=tmp_path / "run.ckpt", weights_only=True
+            )
+
+
+class TestFactorsThatAreInTheLrAlready:
+    def test_are_not_applied_twice(self):
+        model = Net()
+        groups = build_decay_groups(model, RULES, lr_rules=LR_RULES)
+        optimizer = adamw(groups.as_param_groups(0.1, lr=0.02))
+        lrs = [group["lr"] for group in groups_in_force(optimizer)]
+        for _ in range(2):
+            apply_decay_rules(optimizer, model, RULES, lr_rules=LR_RULES)
+            train(model, optimizer, steps=1)
+            assert [group["lr"] for group in groups_in_force(optimizer)] == lrs
+
+    def test_others_take_their_place(self):
+        model = Net()
+        groups = build_decay_groups(model, RULES, lr_rules=LR_RULES)
+        optimizer = adamw(groups.as_param_groups(0.1, lr=0.02))
+        apply_decay_rules(optimizer, model, RULES, lr_rules={"head.*": {"lr_mult": 2.0}})
+        found = {name: group["lr"] for group in groups_in_force(optimizer) for name in group["param_names"]}
+        assert (found["head.weight"], found["norm.weight"], found["body.weight"]) == (0.04, 0.08, 0.02)
+
+    def test_of_a_model_that_returns_such_an_optimizer(self):
+        class Lit(LitWithFactor):
+            def configure_optimizers(self):
+                return adamw(self.decay_groups.as_param_groups(0.1, lr=0.02))
+
+        run = trainer(max_epochs=1)
+        run.fit(Lit(lr_rules={"head.*": {"lr_mult": 0.5}}))
+        assert {g["name"]: g["lr"] for g in groups_in_force(run.optimizers[0])}["head.rest"] == 0.01
+
+
+def test_an_optimizer_that_writes_its_lr():
+    class Falling(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                group["lr"] *= 0.5
+
+    model = Net()
+    optimizer = Falling(model.parameters(), lr=0.25, weight_decay=0.1)
+    apply_decay_rules(optimizer, model, RULES, lr_rules=LR_RULES)
+    train(model, optimizer, steps=2)
+    assert optimizer.param_groups[0]["lr"] == 0.0625
+    assert {group["lr"] for group in groups_in_force(optimizer)} == {0.03125, 0.0625, 0.25}
+
+
+def test_an_optimizer_that_notes_numbers_by_the_lr_is_named():
+    class Noting(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["highest"] = max(group["lr"], group.get("highest", 0.0))
+            return super().step(closure)
+
+    model = Net()
+    optimizer = Noting(model.parameters(), lr=0.25, weight_decay=0.1)
+    apply_decay_rules(optimizer, model, RULES)
+    train(model, optimizer, steps=1)
+    apply_decay_rules(optimizer, model, RULES, lr_rules=LR_RULES)
+    with pytest.warns(UserWarning, match="differ inside of one: a checkpoint has one of each"):
+        train(model, optimizer, steps=2)
+
+
+def test_an_optimizer_that_notes_the_first_lrs_is_refused():
+    class Noting(torch.optim.SGD):
+        def __init__(self, groups, lr):
+            super().__init__(groups, lr=lr, weight_decay=0.1)
+            self.base_lrs = [group["lr"] for group in self.param_groups]
+
+    model = Net()
+    with pytest.raises(ValueError, match="has something for each of its param groups in base_lrs"):
+        apply_decay_rules(Noting(model.parameters(), 0.1), model, {}, lr_rules={"*": {"lr_mult": 0.5}})
+
+
+def test_lbfgs_with_several_factors_is_refused():
+    model = Net()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(ValueError, match="LBFGS takes one param group"):
+        apply_decay_rules(optimizer, model, {}, lr_rules=LR_RULES)
+
+
+def test_an_lr_with_a_gradient_keeps_it():
+    model = nn.Linear(2, 1)
+    lr = torch.tensor(0.1, requires_grad=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=0.1, differentiable=True)
+    apply_decay_rules(optimizer, model, {}, lr_rules={"*": {"lr_mult": 0.5}})
+    weight = model.weight.detach().clone().requires_grad_(True)
+    optimizer.param_groups[0]["params"] = [weight.clone()]
+    assert all(group["lr"].requires_grad for group in groups_in_force(optimizer))

@@ -113,6 +113,21 @@ def test_matrices_alone():
     assert list(build_decay_groups(model, rules)["muon"].params) == ["2.weight"]
 
 
+def test_a_resnet():
+    layer = nn.ModuleDict({"conv1": nn.Conv2d(4, 4, 3), "bn1": nn.BatchNorm2d(4)})
+    model = nn.ModuleDict(
+        {"conv1": nn.Conv2d(3, 4, 7), "bn1": nn.BatchNorm2d(4), "layer1": nn.Sequential(layer), "fc": nn.Linear(4, 2)}
+    )
+    groups = build_decay_groups(model, {"preset": "muon"})
+    assert list(groups["muon"].params) == ["layer1.0.conv1.weight"]
+    assert list(groups["adamw"].params) == ["conv1.weight", "fc.weight"]
+
+
+def test_heads_that_are_none():
+    with pytest.raises(TypeError, match="heads must be a pattern or a list of patterns, got 5"):
+        muon_rules(heads=5)
+
+
 def test_crosses_other_rules():
     groups = build_decay_groups(Net(), {"preset": "ndim", "weight_decay": 0.1}, lr_rules=muon_lr_rules(heads="head.*"))
     assert groups.names == ["adamw.no_decay", "adamw.decay", "muon.decay"]

@@ -170,6 +170,18 @@ def test_usual_names(name):
     assert factors(Vit(name=name), layerwise_lr_rules(3))[f"{name}.1.mlp.weight"] == 0.75**2
 
 
+@pytest.mark.parametrize("front", ["net2", "swinv2", "v3_model"])
+def test_numbers_in_names_above_are_none_of_layers(front):
+    model = nn.ModuleDict({front: Vit()})
+    assert factors(model, layerwise_lr_rules(3))[f"{front}.blocks.1.mlp.weight"] == 0.75**2
+
+
+@pytest.mark.parametrize("stem", [None, (), ""])
+def test_no_stem(stem):
+    found = factors(Vit(), layerwise_lr_rules(3, stem=stem))
+    assert (found["patch_embed.weight"], found["head.weight"], found["blocks.0.mlp.weight"]) == (1.0, 1.0, 0.75**3)
+
+
 def test_names_of_ones_own():
     model = Vit(name="steps")
     with pytest.raises(ValueError, match=r"lr rule 2 .* takes nothing"):
@@ -201,6 +213,7 @@ class TestMistakes:
             ({}, TypeError, "preset 'layerwise' needs depths"),
             ({"depths": 0}, ValueError, "depths must be a whole number of at least 1"),
             ({"depths": None}, ValueError, "depths must be given"),
+            ({"depths": 10**7}, ValueError, "depths must be at most 1000"),
             ({"depths": []}, ValueError, "depths must be the layers of each stage"),
             ({"depths": "many"}, ValueError, "depths must be a number"),
             ({"depths": 3, "layer_decay": 0}, ValueError, "layer_decay must be above 0"),

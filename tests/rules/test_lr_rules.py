@@ -241,3 +241,13 @@ def test_training_is_that_of_groups_by_hand():
             optimizer.step()
         found.append([parameter.detach().clone() for parameter in model.parameters()])
     assert all(map(torch.equal, *found))
+
+
+def test_a_group_called_none_is_a_group():
+    rules = {"None*.weight": {"params": "head.weight", "weight_decay": 0.9, "group": "None"}}
+    groups = build_decay_groups(Net(), rules, lr_rules={"x": {"params": "*.bias", "lr": 7.0, "group": "None"}})
+    assert {g.name: (g.rule is not None, g.treatment.options) for g in groups} == {
+        "None": (True, {}),
+        "None.default": (False, {"lr": 7.0}),
+        "default": (False, {}),
+    }
