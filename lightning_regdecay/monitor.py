@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_regdecay.figures.norms import GroupL2Norm, is_measurable
-from lightning_regdecay.groups.groups import TABLE_HEADER, table_row, total_row
+from lightning_regdecay.figures.measures import OF_A_STEP, OF_AN_UPDATE, Measured, chosen, figure
+from lightning_regdecay.figures.norms import GroupL2Norm, LocalSums, is_measurable
+from lightning_regdecay.figures.steps import BEFORE, GRADIENT, UPDATE, StepWatcher
+from lightning_regdecay.groups.groups import TABLE_HEADER, numel_of, table_row, total_row
 from lightning_regdecay.groups.parameters import model_parameters
 from lightning_regdecay.groups.shards import remember_flattened
 from lightning_regdecay.groups.tables import Table, preformatted
-from lightning_regdecay.optim.in_force import in_force, refresh
+from lightning_regdecay.optim.decoupling import is_decoupled
+from lightning_regdecay.optim.holders import innermost, unwrapped, with_held
+from lightning_regdecay.optim.in_force import in_force, refresh, watch
 from lightning_regdecay.retrofit import OF_THE_MODEL, AnyCallback, let_go_of_model
 from lightning_regdecay.rules.names import safe_name, unique_name
 from lightning_regdecay.rules.scalars import true_or_false
@@ -26,7 +30,10 @@ from lightning_regdecay.rules.scalars import true_or_false
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_METRICS = ("l2_norm", "penalty", "weight_decay")
+WHOLE = "whole"
+"""In the place of the number of a tensor, a whole group."""
+NEEDS_SIZES = {"rms", "equilibrium", "largest"}
+NEEDS_KIND = {"equilibrium", "decay_share", "equilibrium_angle"}
 _NOTHING_YET = "WeightDecayMonitor: nothing was logged yet"
 _LINEAR_SPAN = 20  # largest over smallest value that a linear axis still shows apart
 
@@ -42,23 +49,38 @@ class WeightDecayMonitor(AnyCallback):
     Works with and without :class:`WeightDecayMixin`: groups go by the ``name`` of the param group, else by their
     number, with several optimizers after the optimizer's name, as in ``decay/Adam/0/l2_norm``.
 
+    Other figures tell whether λ is right, see :data:`~lightning_regdecay.figures.measures.FIGURES`: ``rms``,
+    ``decay_per_step``, ``half_life``, ``equilibrium``, ``grad_norm``, ``update_ratio``, ``decay_share``, ``angle``,
+    ``equilibrium_angle``, ``largest``. They are logged under these names. A figure that does not apply to a group and
+    its optimizer is left out, and a line says why. For ``update_ratio``, ``decay_share`` and ``angle`` there is one
+    copy of the parameters, from before a step that is logged until it is done (as float32 for half types).
+
     Args:
         every_n_steps: log every so many optimizer steps (``trainer.global_step``) too.
         prefix: the first part of the keys.
         prog_bar: also show the figures in the progress bar.
         summary: print a table of the groups when the fit starts.
+        figures: the names of the figures, ``"all"``, or None for ``l2_norm``, ``penalty`` and ``weight_decay``.
 
     Raises:
-        MisconfigurationException: for an ``every_n_steps`` below 1, or a prefix that loggers refuse.
-        TypeError: for a ``prog_bar`` or ``summary`` that is not True or False.
+        MisconfigurationException: for an ``every_n_steps`` below 1, a prefix that loggers refuse, or, when the fit
+            starts, figures of a step under DeepSpeed, whose engine steps past the optimizer.
+        TypeError: for a ``prog_bar`` or ``summary`` that is not True or False, and figures that are no names.
+        ValueError: for a figure that is not known.
 
     Attributes:
         history: what was logged in this run, one dictionary per event with ``epoch``, ``step`` (optimizer steps done)
             and the logged keys. Kept through checkpoints; a fit that starts from step 0 starts it anew.
+        largest: by group, the name of the tensor that the figure ``largest`` was of last.
     """
 
     def __init__(
-        self, every_n_steps: int | None = None, prefix: str = "decay", prog_bar: bool = False, summary: bool = True
+        self,
+        every_n_steps: int | None = None,
+        prefix: str = "decay",
+        prog_bar: bool = False,
+        summary: bool = True,
+        figures: str | Iterable[str] | None = None,
     ) -> None:
         super().__init__()
         if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
@@ -73,8 +95,13 @@ class WeightDecayMonitor(AnyCallback):
         self.prefix = prefix
         self.prog_bar = true_or_false("prog_bar", prog_bar)
         self.summary = true_or_false("summary", summary)
+        self.figures = chosen(figures)
         self.history: list[dict[str, float]] = []
+        self.largest: dict[str, str] = {}
         self._steps_seen = 0
+        self._steps_a_batch = 1
+        self._watcher: StepWatcher | None = None
+        self._end_watch: Callable[[], None] | None = None
         self._warned: set[str] = set()
         self._left_out: set[str] = set()
         self._l2_norm: GroupL2Norm | None = None  # kept, as to make one takes as long as the norms of a small model
@@ -119,14 +146,59 @@ class WeightDecayMonitor(AnyCallback):
         self._l2_norm = None  # a fit that failed has left its own
         for optimizer in trainer.optimizers:
             refresh(optimizer)
+        self._watch(trainer)
         # Not in on_fit_start, where a resumed run does not hold the λ and lr of its checkpoint yet.
         if self.summary and trainer.is_global_zero:
             Table(TABLE_HEADER, self._table_rows(trainer)).print()
+
+    def _watch(self, trainer: Trainer) -> None:
+        """Look on while the optimizers step, where a figure asks for it."""
+        self._stop_watching()
+        if OF_A_STEP.isdisjoint(self.figures):
+            return
+        if any(_is_deepspeed(optimizer) for optimizer in trainer.optimizers):
+            asked = ", ".join(name for name in self.figures if name in OF_A_STEP)
+            raise MisconfigurationException(
+                f"DeepSpeed's engine steps past the optimizer, so nobody can look on: leave out the figures {asked}"
+            )
+        # By hand there may be any number, which the batches before tell.
+        by_hand = not trainer.lightning_module.automatic_optimization
+        self._steps_a_batch = (self.every_n_steps or 1) if by_hand else 1
+        reference = weakref.ref(trainer)
+
+        def groups_of(optimizer: Any) -> dict[str, dict[str, Any]]:
+            run = reference()
+            found = {} if run is None else dict(_live_groups(run))
+            steps = {id(one) for one in with_held(optimizer)}
+            return {
+                name: {**live.group, "params": self._measurable(name, live)}
+                for name, live in found.items()
+                if any(id(one) in steps for one in with_held(live.optimizer))
+            }
+
+        self._watcher = StepWatcher(
+            groups_of, gradients="grad_norm" in self.figures, updates=not OF_AN_UPDATE.isdisjoint(self.figures)
+        )
+        self._end_watch = watch(trainer.optimizers, self._watcher)
+
+    def _stop_watching(self) -> None:
+        if self._end_watch is not None:
+            self._end_watch()
+        self._watcher = self._end_watch = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Look on at the steps of this batch, should they be logged."""
+        if self._watcher is not None:
+            n, after = self.every_n_steps, trainer.global_step + self._steps_a_batch
+            is_due = n is not None and after // n > trainer.global_step // n
+            is_last = trainer.is_last_batch or 0 < trainer.max_steps <= after
+            self._watcher.start_batch(is_due or is_last)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the end of an epoch, and every ``every_n_steps`` optimizer steps."""
+        self._steps_a_batch = max(trainer.global_step - self._steps_seen, 1)
         step_is_due = self._step_is_due(trainer)
         # The last batch stands for the epoch: validation, which follows, and callbacks that monitor find fresh figures.
         if step_is_due or trainer.is_last_batch:
@@ -153,25 +225,31 @@ class WeightDecayMonitor(AnyCallback):
         self._let_go()
 
     def _let_go(self) -> None:
+        self._stop_watching()
         self._parameters, self._l2_norm = {}, None
         let_go_of_model(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and other processes: what is of the fit under way stays here."""
         own = {name: value for name, value in vars(self).items() if name not in OF_THE_MODEL}
-        return {**own, "_parameters": {}, "_l2_norm": None, "_trainer": None}
+        here = {"_l2_norm": None, "_trainer": None, "_watcher": None, "_end_watch": None}
+        return {**own, "_parameters": {}, **here}
 
     @property
     def table(self) -> Table:
         """The figures that were logged last, a row per group."""
         last = self.history[-1] if self.history else {}
-        names = [
-            key.removeprefix(f"{self.prefix}/").removesuffix("/l2_norm") for key in last if key.endswith("/l2_norm")
-        ]
-        rows = [[name, *(f"{last[f'{self.prefix}/{name}/{figure}']:.6g}" for figure in _METRICS)] for name in names]
-        if last:
-            rows.append(["total", "", f"{last[f'{self.prefix}/total/penalty']:.6g}", ""])
-        return Table(("group", *_METRICS), rows, left=1)
+
+        def cell(group: str, name: str) -> str:
+            value = last.get(f"{self.prefix}/{group}/{name}")
+            return "" if value is None else f"{value:.6g}"
+
+        names = groups_in(last, self.prefix)
+        rows = [[name, *(cell(name, figure) for figure in self.figures)] for name in names]
+        has_total = f"{self.prefix}/total/penalty" in last
+        if has_total:
+            rows.append(["total", *(cell("total", figure) for figure in self.figures)])
+        return Table(("group", *self.figures), rows, left=1, has_total=has_total)
 
     def _repr_html_(self) -> str:
         """For notebooks: the figures that were logged last."""
@@ -231,22 +309,88 @@ class WeightDecayMonitor(AnyCallback):
     def _metrics(self, trainer: Trainer) -> dict[str, float]:
         """The logged values of this moment by key."""
         groups = dict(_live_groups(trainer))
-        if self._l2_norm is None or self._l2_norm.groups != tuple(groups):
-            self._l2_norm = GroupL2Norm(groups)
-        self._l2_norm.reset()
-        self._l2_norm.update({name: self._measurable(name, live) for name, live in groups.items()})
-        norms = {name: norm.item() for name, norm in self._l2_norm.compute().items()}
-        metrics = {}
-        penalties = []
+        members = {name: self._measurable(name, live) for name, live in groups.items()}
+        sums = {} if self._watcher is None else self._watcher.take()
+        norms = self._norms(members, sums)
+        metrics: dict[str, float] = {}
         for name, live in groups.items():
-            weight_decay = _weight_decay(live)
-            # No decay is no penalty, also where the norm is infinite.
-            penalties.append(0.5 * weight_decay * norms[name] ** 2 if weight_decay else 0.0)
-            for metric_name, value in zip(_METRICS, (norms[name], penalties[-1], weight_decay)):
-                metrics[f"{self.prefix}/{name}/{metric_name}"] = value
-            self._warn_if_not_finite(name, norms[name])
-        metrics[f"{self.prefix}/total/penalty"] = sum(penalties)
+            measured = self._measured(name, live, members[name], norms)
+            for figure_name in self.figures:
+                value = figure(figure_name, measured)
+                if isinstance(value, str):
+                    self._say_once(f"{figure_name} of group {name!r} is left out: {value}")
+                elif value is not None:
+                    metrics[f"{self.prefix}/{name}/{figure_name}"] = value
+            self._warn_if_not_finite(name, measured.norm)
+        if "penalty" in self.figures:
+            metrics[f"{self.prefix}/total/penalty"] = sum(metrics[f"{self.prefix}/{name}/penalty"] for name in groups)
         return metrics
+
+    def _norms(
+        self, members: Mapping[str, list[torch.Tensor]], sums: Mapping[tuple[str, str], LocalSums]
+    ) -> dict[tuple[str, Any], float]:
+        """The norms of groups, of single tensors where one is asked for, and of what was seen of a step.
+
+        All by one metric, so that there is at most one collective.
+        """
+        places: dict[str, tuple[str, Any]] = {}
+        tensors: dict[str, list[torch.Tensor]] = {}
+        for name, of_group in members.items():
+            parts = dict(enumerate([tensor] for tensor in of_group)) if self._asks_for_tensors else {WHOLE: of_group}
+            for key, some in parts.items():
+                places[f"{len(places)}"], tensors[f"{len(tensors)}"] = (name, key), some
+        seen = {(name, kind): f"{name}/{kind}" for name, kind in sums}
+        columns = (*places, *seen.values())
+        if self._l2_norm is None or self._l2_norm.groups != columns:
+            self._l2_norm = GroupL2Norm(columns)
+        self._l2_norm.reset()
+        self._l2_norm.update(tensors)
+        self._l2_norm.add({seen[key]: of_step for key, of_step in sums.items()})
+        found = {name: norm.item() for name, norm in self._l2_norm.compute().items()}
+        norms = {place: found[column] for column, place in places.items()}
+        norms.update({key: found[column] for key, column in seen.items()})
+        if self._asks_for_tensors:
+            for name, of_group in members.items():
+                norms[name, WHOLE] = math.hypot(*(norms[name, number] for number in range(len(of_group))))
+        return norms
+
+    @property
+    def _asks_for_tensors(self) -> bool:
+        return "largest" in self.figures
+
+    def _measured(
+        self, name: str, live: _Live, members: list[torch.Tensor], norms: Mapping[tuple[str, Any], float]
+    ) -> Measured:
+        """What was measured of a group."""
+        group, optimizer = live.group, innermost([unwrapped(live.optimizer)])
+        known = _Kind.of(optimizer, group) if NEEDS_KIND.intersection(self.figures) else _Kind(None, False, None)
+        sizes = [numel_of([tensor]) for tensor in members] if NEEDS_SIZES.intersection(self.figures) else []
+        largest = None
+        if self._asks_for_tensors and members:
+            every = [norms[name, number] / math.sqrt(size or 1) for number, size in enumerate(sizes)]
+            number = max(range(len(every)), key=every.__getitem__)
+            largest = every[number]
+            names = group["param_names"]
+            self.largest[name] = names[number] if len(names) == len(members) else str(number)
+        return Measured(
+            norm=norms[name, WHOLE],
+            numel=sum(sizes),
+            weight_decay=_weight_decay(live),
+            lr=None if group.get("lr") is None else float(group["lr"]),
+            is_decoupled=known.is_decoupled,
+            is_adam_like=known.is_adam_like,
+            beta=known.beta,
+            before=norms.get((name, BEFORE)),
+            gradient=norms.get((name, GRADIENT)),
+            update=norms.get((name, UPDATE)),
+            decay_of_step=None if self._watcher is None else self._watcher.decay.get(name),
+            largest=largest,
+        )
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
+            rank_zero_info(line)
 
     def _measurable(self, name: str, live: _Live) -> list[torch.Tensor]:
         """The members of a group, without those of which no norm can be taken."""
@@ -293,6 +437,22 @@ class WeightDecayMonitor(AnyCallback):
         return [*rows, total_row(parameter for live in groups.values() for parameter in self._members(live))]
 
 
+class _Kind(NamedTuple):
+    """What kind of steps an optimizer does with a param group."""
+
+    is_decoupled: bool | None
+    is_adam_like: bool
+    beta: float | None
+
+    @staticmethod
+    def of(optimizer: Any, group: Mapping[str, Any]) -> _Kind:
+        """As far as it can be found out."""
+        state = optimizer.state.get(group["params"][0], {}) if group["params"] else {}
+        betas = group.get("betas")
+        beta = float(betas[0]) if isinstance(betas, (list, tuple)) and betas else None
+        return _Kind(is_decoupled(optimizer, group), "exp_avg_sq" in state and beta is not None, beta)
+
+
 class _Live(NamedTuple):
     """A param group as its optimizer steps over it."""
 
@@ -301,6 +461,17 @@ class _Live(NamedTuple):
     """The rule that it is under."""
     schedule: str
     is_deepspeed: bool
+    optimizer: Any
+
+
+def _is_deepspeed(optimizer: Any) -> bool:
+    return type(optimizer).__module__.startswith("deepspeed.")
+
+
+def groups_in(record: Mapping[str, Any], prefix: str) -> list[str]:
+    """The names of the groups that a record of the history has figures of, in order."""
+    paths = [key.removeprefix(f"{prefix}/").rpartition("/")[0] for key in record if key.startswith(f"{prefix}/")]
+    return [name for name in dict.fromkeys(paths) if name != "total"]
 
 
 def _logger_step(trainer: Trainer) -> int:
@@ -331,12 +502,11 @@ def _live_groups(trainer: Trainer) -> Iterator[tuple[str, _Live]]:
             optimizers.add(optimizer_name)
             path = f"{optimizer_name}/"
         taken = {"total"}
-        is_deepspeed = type(optimizer).__module__.startswith("deepspeed.")
         for found in in_force(optimizer):
             name = unique_name(safe_name(str(found.group["name"])), taken)
             taken.add(name)
             schedule = "" if found.schedule is None else found.schedule.text
-            yield path + name, _Live(found.group, found.text, schedule, is_deepspeed)
+            yield path + name, _Live(found.group, found.text, schedule, _is_deepspeed(optimizer), optimizer)
 
 
 def _plot(history: Sequence[dict[str, float]], prefix: str, ax: Sequence[Any] | None) -> tuple[Figure, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,25 @@ _GPU_PIECE = 2**22
 """Elements per norm on a GPU: `torch._foreach_norm` takes room for as many tensors as it gets, each the longest."""
 _TINY_SQUARE = 1e-31
 """Mean square below which float32 squares may have lost bits to underflow (the smallest normal one is 1.2e-38)."""
+
+
+class Part(NamedTuple):
+    """What this process holds of a tensor."""
+
+    values: Tensor
+    shards: int
+    """Into how many parts the whole is cut among all processes."""
+
+
+class LocalSums(NamedTuple):
+    """The sums of squares of a group on this process."""
+
+    whole: float
+    """Of the tensors that it has whole."""
+    sharded: float
+    """Of those that it has a part of, to be added up over all processes."""
+    device: torch.device | None
+    """Where such parts are, None without."""
 
 
 class GroupL2Norm(Metric):
@@ -112,34 +131,33 @@ class GroupL2Norm(Metric):
         unknown = [name for name in tensors if name not in columns]
         if unknown:
             raise ValueError(f"unknown groups {unknown}; this metric was made with {list(self.groups)}")
-        parts: list[list[Tensor]] = []
-        places: list[tuple[int, int, float]] = []  # row and column of the state, and the weight there
+        members_of: dict[str, list[Part]] = {}
         for name, members in tensors.items():
             if isinstance(members, Tensor) or not isinstance(members, Iterable):
                 # Rows of a tensor would pass for tensors, and those of a shard for whole ones.
                 raise TypeError(
                     f"group {name!r} must get a list of tensors, got {type(members).__name__}; write [tensor]"
                 )
-            by_shards: dict[int, list[Tensor]] = {}
+            members_of[name] = []
             for tensor in members:
                 if not isinstance(tensor, Tensor):
                     raise TypeError(f"group {name!r} must get tensors, got {type(tensor).__name__} {tensor!r}")
-                part, shards = local_part(tensor)
-                if not is_measurable(part):
-                    raise TypeError(f"group {name!r} must get tensors with strides, or sparse ones, got {part.layout}")
-                if part.layout != torch.strided:
-                    part = (part.coalesce() if part.layout == torch.sparse_coo else part).values().detach()
-                by_shards.setdefault(shards, []).append(part)
-            for shards, of_group in by_shards.items():
-                parts.append(of_group)
-                # The same part lies on world size / shards processes, and counts once in the sum over all.
-                weight = shards / dist.get_world_size(self.process_group) if shards > 1 else 1.0
-                places.append((int(shards > 1), columns[name], weight))
-                if shards > 1:
-                    self._shard_device = of_group[0].device
+                part = Part(*local_part(tensor))
+                if not is_measurable(part.values):
+                    raise TypeError(
+                        f"group {name!r} must get tensors with strides, or sparse ones, got {part.values.layout}"
+                    )
+                members_of[name].append(part)
+        self.add(local_sums(members_of, self.process_group))
+
+    def add(self, sums: Mapping[str, LocalSums]) -> None:
+        """Add sums of squares of this process to groups, see :func:`local_sums`."""
+        columns = {name: column for column, name in enumerate(self.groups)}
         added = [[0.0] * len(self.groups) for _ in range(2)]
-        for (row, column, weight), value in zip(places, _sums_of_squares(parts)):
-            added[row][column] += weight * value
+        for name, of_group in sums.items():
+            added[0][columns[name]] += of_group.whole
+            added[1][columns[name]] += of_group.sharded
+            self._shard_device = of_group.device or self._shard_device
         # Not in place, as the state may be an inference tensor.
         state = self.sums_of_squares
         self.sums_of_squares = state + torch.tensor(added, dtype=state.dtype, device=state.device)
@@ -185,6 +203,36 @@ class GroupL2Norm(Metric):
             ModuleNotFoundError: without matplotlib.
         """
         return self._plot(val, ax)
+
+
+def local_sums(members_of: Mapping[str, Iterable[Part]], process_group: Any = None) -> dict[str, LocalSums]:
+    """The sums of squares of groups on this process, for :meth:`GroupL2Norm.add`.
+
+    Args:
+        members_of: group name to what this process holds of its tensors.
+        process_group: the processes over which sums will be added up.
+    """
+    parts: list[list[Tensor]] = []
+    places: list[tuple[str, int, float]] = []
+    found = {name: LocalSums(0.0, 0.0, None) for name in members_of}
+    for name, members in members_of.items():
+        by_shards: dict[int, list[Tensor]] = {}
+        for part, shards in members:
+            values = part
+            if part.layout != torch.strided:
+                values = (part.coalesce() if part.layout == torch.sparse_coo else part).values().detach()
+            by_shards.setdefault(shards, []).append(values)
+        for shards, of_group in by_shards.items():
+            parts.append(of_group)
+            # The same part lies on world size / shards processes, and counts once in the sum over all.
+            places.append((name, shards, shards / dist.get_world_size(process_group) if shards > 1 else 1.0))
+    for (name, shards, weight), of_group, value in zip(places, parts, _sums_of_squares(parts)):
+        whole, sharded, device = found[name]
+        if shards > 1:
+            found[name] = LocalSums(whole, sharded + weight * value, of_group[0].device)
+        else:
+            found[name] = LocalSums(whole + value, sharded, device)
+    return found
 
 
 def is_measurable(tensor: Tensor) -> bool:

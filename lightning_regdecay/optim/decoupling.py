@@ -54,7 +54,7 @@ def check_timescale(optimizer: Any, group: Mapping[str, Any], name: str) -> None
     Raises:
         ValueError: for an optimizer that is coupled, or not known to be decoupled.
     """
-    decoupled = _is_decoupled(optimizer, group)
+    decoupled = is_decoupled(optimizer, group)
     kind = type(optimizer).__name__
     if decoupled is None:
         raise ValueError(
@@ -74,7 +74,7 @@ def check_timescale(optimizer: Any, group: Mapping[str, Any], name: str) -> None
         )
 
 
-def _is_decoupled(optimizer: Any, group: Mapping[str, Any]) -> bool | None:
+def is_decoupled(optimizer: Any, group: Mapping[str, Any]) -> bool | None:
     """Whether an optimizer shrinks the weights beside the gradient step; None where that cannot be found out."""
     if "decoupled_weight_decay" in group:  # Adam, NAdam, RAdam
         return bool(group["decoupled_weight_decay"])

@@ -19,6 +19,7 @@ from lightning_regdecay.optim.layers import Layer, built_options, is_own
 from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.registry import Registry
 from lightning_regdecay.optim.step_room import StepRoom
+from lightning_regdecay.optim.stepping import Watcher
 from lightning_regdecay.optim.strengths import TELLS_NO_STEPS, lengths
 from lightning_regdecay.optim.telling import InForce, ParamGroupsInForce, told
 from lightning_regdecay.rules.crossing import RuleSet
@@ -149,6 +150,35 @@ def groups_in_force(optimizer: Any) -> list[dict[str, Any]]:
     """
     check_is_optimizer(optimizer)
     return ParamGroupsInForce(in_force(optimizer))
+
+
+def watch(optimizers: Iterable[Any], watcher: Watcher) -> Callable[[], None]:
+    """Have somebody look on while optimizers step, with rules in force or without.
+
+    Args:
+        optimizers: the optimizers.
+        watcher: is called around each step.
+
+    Returns:
+        What ends it.
+    """
+    plans = [
+        _Plan(root, family, _rooms_of_family(family))
+        for root in map(unwrapped, optimizers)
+        for family in families(root)
+    ]
+    for plan in plans:
+        _check_optimizer(plan.root)
+    rooms = _carry_out(plans, lambda room, plan: setattr(room, "watcher", watcher))
+
+    def end() -> None:
+        for room in rooms:
+            if room.watcher is watcher:
+                room.watcher = None
+            if not room.parting.layers and not room.parting.changes(room.groups):
+                room.disarm()
+
+    return end
 
 
 def in_force(optimizer: Any) -> list[InForce]:

@@ -24,7 +24,7 @@ from lightning_regdecay.optim.copies import REDUCE, end_refusal, has_hooks, redu
 from lightning_regdecay.optim.holders import numbered_by_group, shared_lists, with_held
 from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.seen import Group
-from lightning_regdecay.optim.stepping import Stepping
+from lightning_regdecay.optim.stepping import Stepping, Watcher
 from lightning_regdecay.rules.schedules import STEP_KEY
 
 _PRE, _POST = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
@@ -71,6 +71,8 @@ class StepRoom:
         news: Callable[[StepRoom], None],
     ) -> None:
         self.parting = parting
+        self.watcher: Watcher | None = None
+        """Looks on while the optimizers step."""
         self.told: set[tuple[str, str]] = set()
         """What the user was told of."""
         self.is_armed = False

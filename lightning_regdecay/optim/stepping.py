@@ -31,10 +31,21 @@ from lightning_regdecay.rules.schedules import STEP_KEY
 _LONGEST_STEP, _TICK = 60.0, 1e-3  # in seconds
 
 
+class Watcher(Protocol):
+    """Looks on while optimizers step."""
+
+    def before(self, optimizer: Any) -> None:
+        """Gradients are those that the step goes by, and weights those before it."""
+
+    def after(self, optimizer: Any) -> None:
+        """The step is done."""
+
+
 class Room(Protocol):
     """What a step needs to know of the optimizers."""
 
     parting: Parting
+    watcher: Watcher | None
     is_armed: bool
     fit_is_over: Callable[[], bool]
 
@@ -91,6 +102,8 @@ class _Step:
     """Optimizers whose own step has ended, wrappers aside."""
     counts: list[tuple[Group, int]] = field(default_factory=list)
     """What is counted at its end."""
+    is_watched: bool = False
+    """Whether somebody has looked on since its gradients are there."""
 
 
 class _Entry(NamedTuple):
@@ -129,6 +142,11 @@ class Stepping:
             return None
         self.begin(optimizer, caller_of(Stepping.before))
         return self.with_closure_outside(self.room.place_of_closure(optimizer), args, kwargs)
+
+    def _let_watch(self, step: _Step | None) -> None:
+        if step is not None and not step.is_watched and self.room.watcher is not None:
+            step.is_watched = True
+            self.room.watcher.before(step.levels[0].optimizer)
 
     def after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """The first step post-hook: hooks of others come next."""
@@ -196,6 +214,8 @@ class Stepping:
         if not step.levels:
             step.counts = self._counts(step, optimizer)
             self._drop(step)
+            if step.is_watched and self.room.watcher is not None:
+                self.room.watcher.after(optimizer)
             self.room.ended()
 
     def go_out(self) -> None:
@@ -224,6 +244,7 @@ class Stepping:
             return args, {**kwargs, "closure": self.outside(kwargs["closure"])}
         if place is not None and place < len(args) and callable(args[place]):
             return (*args[:place], self.outside(args[place]), *args[place + 1 :]), kwargs
+        self._let_watch(self._step)
         return args, kwargs
 
     def outside(self, closure: Callable[..., Any]) -> Callable[..., Any]:
@@ -245,6 +266,7 @@ class Stepping:
                 raise
             self._step = step
             self._go_on(step)
+            self._let_watch(step)
             return result
 
         return outside

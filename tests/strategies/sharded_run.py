@@ -94,11 +94,39 @@ class LitSharded(L.LightningModule):
         return digits_loader()
 
 
+class Recording(torch.optim.AdamW):
+    """Notes what a step really did to the whole parameters of each group, in float64."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        before = [flat(group["params"]) for group in self.param_groups]
+        gradients = [flat([p.grad for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        super().step()
+        self.truth = {}
+        for group, old, gradient in zip(self.param_groups, before, gradients):
+            new, tensors = flat(group["params"]), [whole(p).double() for p in group["params"]]
+            cosine = torch.dot(old / old.norm(), new / new.norm())
+            self.truth[group["name"]] = {
+                "grad_norm": gradient.norm().item(),
+                "update_ratio": ((new - old).norm() / old.norm()).item(),
+                "angle": torch.acos(cosine.clamp(max=1.0)).item(),
+                "rms": (new.norm() / new.numel() ** 0.5).item(),
+                "largest": max((t.norm() / t.numel() ** 0.5).item() for t in tensors),
+                "decay_share": group["lr"] * group["weight_decay"] * (old.norm() / (new - old).norm()).item(),
+            }
+        return loss
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([whole(tensor).double().flatten() for tensor in tensors])
+
+
 class LitRules(WeightDecayMixin, LitSharded):
     decay_rules = RULES
 
     def build_optimizer(self, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(param_groups, lr=1e-2)
+        return Recording(param_groups, lr=1e-2)
 
 
 class LitByHand(LitSharded):
@@ -118,7 +146,8 @@ class Watching(WeightDecayMonitor):
     """Writes down the truth beside each event, and counts the collectives of the event."""
 
     def __init__(self) -> None:
-        super().__init__(every_n_steps=3)
+        super().__init__(every_n_steps=3, figures="all")
+        self.steps: list[dict[str, dict[str, float]]] = []
         self.truths: list[dict[str, float]] = []
         self.collectives: list[dict[str, int]] = []
 
@@ -126,7 +155,9 @@ class Watching(WeightDecayMonitor):
         with CommDebugMode() as mode:
             metrics = super()._metrics(run)
         self.collectives.append({str(op): count for op, count in mode.get_comm_counts().items()})
-        self.truths.append({group["name"]: true_norm(group["params"]) for group in run.optimizers[0].param_groups})
+        [optimizer] = run.optimizers
+        self.truths.append({group["name"]: true_norm(group["params"]) for group in optimizer.param_groups})
+        self.steps.append(optimizer.truth)
         return metrics
 
 
@@ -137,7 +168,7 @@ def whole(parameter: Tensor) -> Tensor:
 
 def true_norm(parameters: list[Tensor]) -> float:
     """Of the whole parameters, gathered, in float64."""
-    return torch.cat([whole(p).double().flatten() for p in parameters]).norm().item()
+    return flat(parameters).norm().item()
 
 
 def fit(model: L.LightningModule, devices: int, **options: Any) -> L.Trainer:
@@ -167,6 +198,8 @@ def main(way: str, devices: int, out: Path) -> None:
         "weight_decay": {group["name"]: group["weight_decay"] for group in run.optimizers[0].param_groups},
         "history": monitor.history,
         "truths": monitor.truths,
+        "steps": monitor.steps,
+        "largest": monitor.largest,
         "collectives": monitor.collectives,
         "as_by_hand": all(torch.equal(whole(ours), whole(theirs)) for ours, theirs in pairs),
         "elements_here": sum(part.numel() for part in parts),

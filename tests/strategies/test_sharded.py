@@ -50,6 +50,19 @@ def test_every_rank_logs_the_figures_of_the_whole_parameters(reports):
                 assert record[f"decay/{name}/penalty"] == pytest.approx(0.5 * decay * norm**2, rel=1e-6)
 
 
+def test_every_rank_logs_what_a_step_did_to_the_whole_parameters(reports):
+    for report in reports:
+        assert report["largest"] == reports[0]["largest"]
+        assert report["largest"]["scale"] == "net.scale"
+        for record, truth in zip(report["history"], report["steps"], strict=True):
+            for name, figures in truth.items():
+                for figure, value in figures.items():
+                    key = f"decay/{name}/{figure}"
+                    # A change of the length alone, as of one element, hides a small angle.
+                    least = (2e-7 * figures["update_ratio"]) ** 0.5 if figure == "angle" else 0.0
+                    assert record[key] == pytest.approx(value, rel=1e-5, abs=least), key
+
+
 def test_one_collective_for_each_event_and_none_where_nothing_is_sharded(reports):
     expected = {} if len(reports) == 1 else {"c10d.allreduce_": 1}
     for report in reports:
