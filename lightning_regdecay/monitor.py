@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import importlib
 import math
 import re
 import weakref
@@ -13,6 +15,7 @@ from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_regdecay.figures.history import Exposure, Thinning, end_table, rows
 from lightning_regdecay.figures.measures import OF_A_STEP, OF_AN_UPDATE, Measured, chosen, figure
 from lightning_regdecay.figures.norms import GroupL2Norm, LocalSums, is_measurable
 from lightning_regdecay.figures.steps import BEFORE, GRADIENT, UPDATE, StepWatcher
@@ -58,19 +61,23 @@ class WeightDecayMonitor(AnyCallback):
     Args:
         every_n_steps: log every so many optimizer steps (``trainer.global_step``) too.
         prefix: the first part of the keys.
-        prog_bar: also show the figures in the progress bar.
-        summary: print a table of the groups when the fit starts.
+        prog_bar: also show the figures in the progress bar: True for all, ``"total"`` for the total penalty, or a list
+            of keys, with or without the prefix, globs too (``"head/*"``).
+        summary: print a table of the groups when the fit starts; ``"end"`` for one at its end of the first and the last
+            norms and what is off (no decay reached a group, it decays within a few steps, the run is too short for its
+            norm to come to rest, NaN since a step), ``"both"`` for both.
         figures: the names of the figures, ``"all"``, or None for ``l2_norm``, ``penalty`` and ``weight_decay``.
 
     Raises:
         MisconfigurationException: for an ``every_n_steps`` below 1, a prefix that loggers refuse, or, when the fit
             starts, figures of a step under DeepSpeed, whose engine steps past the optimizer.
-        TypeError: for a ``prog_bar`` or ``summary`` that is not True or False, and figures that are no names.
+        TypeError: for a ``prog_bar`` or ``summary`` that is none of these, and figures that are no names.
         ValueError: for a figure that is not known.
 
     Attributes:
         history: what was logged in this run, one dictionary per event with ``epoch``, ``step`` (optimizer steps done)
-            and the logged keys. Kept through checkpoints; a fit that starts from step 0 starts it anew.
+            and the logged keys. Kept through checkpoints; a fit that starts from step 0 starts it anew. Of more than
+            1,000 events evenly spaced ones are kept, the first and the last always.
         largest: by group, the name of the tensor that the figure ``largest`` was of last.
     """
 
@@ -78,8 +85,8 @@ class WeightDecayMonitor(AnyCallback):
         self,
         every_n_steps: int | None = None,
         prefix: str = "decay",
-        prog_bar: bool = False,
-        summary: bool = True,
+        prog_bar: bool | str | Iterable[str] = False,
+        summary: bool | str = True,
         figures: str | Iterable[str] | None = None,
     ) -> None:
         super().__init__()
@@ -93,11 +100,13 @@ class WeightDecayMonitor(AnyCallback):
             )
         self.every_n_steps = every_n_steps
         self.prefix = prefix
-        self.prog_bar = true_or_false("prog_bar", prog_bar)
-        self.summary = true_or_false("summary", summary)
+        self.prog_bar = _keys("prog_bar", prog_bar)
+        self.summary = summary if summary in ("start", "end", "both") else true_or_false("summary", summary)
         self.figures = chosen(figures)
         self.history: list[dict[str, float]] = []
         self.largest: dict[str, str] = {}
+        self._thinning, self._exposure = Thinning(), Exposure()
+        self._has_layout = False
         self._steps_seen = 0
         self._steps_a_batch = 1
         self._watcher: StepWatcher | None = None
@@ -116,12 +125,13 @@ class WeightDecayMonitor(AnyCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The history, as plain data."""
-        return {"history": [dict(record) for record in self.history]}
+        return {"history": [dict(record) for record in self.history], **self._thinning.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the history of a checkpoint, unless it is loaded to be validated or tested."""
         if not self._evaluates:
             self.history = [dict(record) for record in state_dict["history"]]
+            self._thinning.load(state_dict, self.history)
             self._is_restored = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -136,7 +146,8 @@ class WeightDecayMonitor(AnyCallback):
         """Start the history anew unless the run goes on from a checkpoint, and print the table of the groups."""
         goes_on = self._is_restored or (self._trainer is not None and self._trainer() is trainer)
         if trainer.global_step == 0 or not goes_on:
-            self.history = []
+            self.history, self._thinning = [], Thinning()
+        self._exposure, self._has_layout = Exposure(trainer.global_step), False
         self._is_restored, self._trainer = False, weakref.ref(trainer)
         self._steps_seen = trainer.global_step
         self._warned.clear()
@@ -148,7 +159,7 @@ class WeightDecayMonitor(AnyCallback):
             refresh(optimizer)
         self._watch(trainer)
         # Not in on_fit_start, where a resumed run does not hold the λ and lr of its checkpoint yet.
-        if self.summary and trainer.is_global_zero:
+        if self.summary in (True, "start", "both") and trainer.is_global_zero:
             Table(TABLE_HEADER, self._table_rows(trainer)).print()
 
     def _watch(self, trainer: Trainer) -> None:
@@ -216,7 +227,9 @@ class WeightDecayMonitor(AnyCallback):
             self._log(trainer, _logger_step(trainer) - 1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the model."""
+        """Print the table of the end, and let go of the model."""
+        if self.summary in ("end", "both") and self.history and trainer.is_global_zero:
+            end_table(self.history, self.prefix, self._exposure).print()
         self._let_go()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -259,6 +272,25 @@ class WeightDecayMonitor(AnyCallback):
         """For IPython: the figures that were logged last."""
         printer.text(str(self.table) if self.history else _NOTHING_YET)
 
+    def records(self) -> list[dict[str, Any]]:
+        """What was logged, a row for each event and group: ``epoch``, ``step``, ``group``, figures by their names.
+
+        The group ``total`` has the total penalty.
+        """
+        return rows(self.history, self.prefix)
+
+    def to_frame(self) -> Any:
+        """The same as a pandas ``DataFrame``.
+
+        Raises:
+            ModuleNotFoundError: without pandas.
+        """
+        try:
+            pandas = importlib.import_module("pandas")
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("to_frame() needs pandas: pip install pandas") from None
+        return pandas.DataFrame.from_records(self.records(), columns=["epoch", "step", "group", *self.figures])
+
     def plot(self, ax: Sequence[Any] | None = None) -> tuple[Figure, Any]:
         """Plot the norm and the penalty of each group over the optimizer steps.
 
@@ -289,7 +321,9 @@ class WeightDecayMonitor(AnyCallback):
             return
         metrics = self._metrics(trainer)
         self._publish(trainer, metrics)
-        self.history.append({"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics})
+        record = {"epoch": trainer.current_epoch, "step": trainer.global_step, **metrics}
+        self._thinning.append(self.history, record)
+        self._lay_out(trainer)
         for logger in trainer.loggers:
             # The step that Lightning itself gives to what training logs, so that all of it shares one axis.
             logger.log_metrics({**metrics, "epoch": trainer.current_epoch}, step=logger_step)
@@ -304,7 +338,28 @@ class WeightDecayMonitor(AnyCallback):
         if trainer.loggers:
             trainer.logged_metrics.update(tensors)
         if self.prog_bar:
-            trainer.progress_bar_metrics.update(metrics)
+            shown = {key: value for key, value in metrics.items() if self._is_shown(key)}
+            # As text, of which the bars leave the digits of a small number.
+            trainer.progress_bar_metrics.update({key: f"{value:.3g}" for key, value in shown.items()})  # type: ignore[misc]
+
+    def _is_shown(self, key: str) -> bool:
+        """Whether a key goes into the progress bar."""
+        if self.prog_bar is True:
+            return True
+        own = key.removeprefix(f"{self.prefix}/")
+        given = [self.prog_bar] if isinstance(self.prog_bar, str) else self.prog_bar
+        patterns = ["total/*" if pattern == "total" else pattern for pattern in given]
+        return any(fnmatch.fnmatchcase(name, pattern) for name in (key, own) for pattern in patterns)
+
+    def _lay_out(self, trainer: Trainer) -> None:
+        """One chart for each figure with all groups in it, in TensorBoard's custom scalars."""
+        if self._has_layout:
+            return
+        self._has_layout = True
+        charts = {name: ["Multiline", [f"^{re.escape(self.prefix)}/.*/{name}$"]] for name in self.figures}
+        for logger in trainer.loggers:
+            if any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__):
+                logger.experiment.add_custom_scalars({self.prefix: charts})  # type: ignore[attr-defined]
 
     def _metrics(self, trainer: Trainer) -> dict[str, float]:
         """The logged values of this moment by key."""
@@ -313,6 +368,7 @@ class WeightDecayMonitor(AnyCallback):
         sums = {} if self._watcher is None else self._watcher.take()
         norms = self._norms(members, sums)
         metrics: dict[str, float] = {}
+        self._exposure.add(trainer.global_step, {name: _rate(live) for name, live in groups.items()})
         for name, live in groups.items():
             measured = self._measured(name, live, members[name], norms)
             for figure_name in self.figures:
@@ -480,6 +536,20 @@ def _logger_step(trainer: Trainer) -> int:
     No public attribute has it; Lightning's own callbacks, such as LearningRateMonitor, read it here too.
     """
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _keys(name: str, value: Any) -> Any:
+    """A switch, a key or a list of keys."""
+    if isinstance(value, str) and (value == "total" or "/" in value):
+        return value
+    if isinstance(value, (list, tuple, set)) and all(isinstance(key, str) for key in value):
+        return tuple(value)
+    return true_or_false(name, value)
+
+
+def _rate(live: _Live) -> float:
+    """lr·λ of a param group at this moment."""
+    return float(live.group.get("lr") or 0.0) * _weight_decay(live)
 
 
 def _weight_decay(live: _Live) -> float:

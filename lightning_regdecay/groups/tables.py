@@ -19,6 +19,7 @@ class Table:
         left: how many columns are text, to the left; those after them are figures, to the right.
         has_total: whether the last row is for all.
         title: what stands above it in a console with rich.
+        text_at_end: whether the last column is text as well.
     """
 
     header: Sequence[str]
@@ -26,6 +27,7 @@ class Table:
     left: int = 2
     has_total: bool = True
     title: str = "Weight decay groups"
+    text_at_end: bool = False
 
     def __str__(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.header, *self.rows)]
@@ -72,7 +74,8 @@ class Table:
         print_rich(self)
 
     def _aligned(self) -> list[bool]:
-        return [number >= self.left for number in range(len(self.header))]
+        end = len(self.header) - self.text_at_end
+        return [self.left <= number < end for number in range(len(self.header))]
 
 
 class Tabular:
