@@ -102,13 +102,13 @@ def train(rules: Any, epochs: int) -> tuple[float, WeightDecayMonitor]:
 
 def first_and_last_norms(monitor: WeightDecayMonitor) -> str:
     """A table of each group's L2 norm after the first and after the last epoch."""
-    first, last = monitor.history[0], monitor.history[-1]
+    rows = [row for row in monitor.records() if row["group"] != "total"]
+    first = {row["group"]: row for row in reversed(rows)}
+    last = {row["group"]: row for row in rows}
     lines = [f"{'group':<12}{'weight decay':>14}{'first norm':>14}{'last norm':>14}"]
-    for key in first:
-        if key.endswith("/l2_norm"):
-            group = key.removeprefix("decay/").removesuffix("/l2_norm")
-            decay = last[f"decay/{group}/weight_decay"]
-            lines.append(f"{group:<12}{decay:>14g}{first[key]:>14.4f}{last[key]:>14.4f}")
+    for group, row in last.items():
+        norms = f"{first[group]['l2_norm']:>14.4f}{row['l2_norm']:>14.4f}"
+        lines.append(f"{group:<12}{row['weight_decay']:>14g}{norms}")
     return "\n".join(lines)
 
 
