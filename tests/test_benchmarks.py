@@ -20,6 +20,8 @@ def test_one_command_prints_one_table(tmp_path):
         "an epoch, logged every 50 steps",
         "AdamW step, fused",
         "AdamW step, foreach",
+        "an event: all that ask for no step",
+        "looking on at a step: updates",
         "groups by 10 rules",
         "configure_optimizers",
         "import lightning_regdecay",
@@ -37,7 +39,7 @@ def test_the_cost_against_growth_is_drawn(tmp_path):
 
 def test_a_part_that_is_not_there_is_named(tmp_path):
     output = run_python(RUN, "--only", "norm", cwd=tmp_path, timeout=300, returncode=2)
-    assert "unknown norm; known are norms, training, grouping, importing" in output
+    assert "unknown norm; known are norms, training, watching, grouping, importing" in output
 
 
 @pytest.mark.parametrize("option", ["--growth", "--markdown"])

@@ -18,9 +18,16 @@ import growth
 import importing
 import norms
 import training
+import watching
 from measuring import FULL, SMALL, machine, table
 
-PARTS = {"norms": norms.rows, "training": training.rows, "grouping": grouping.rows, "importing": importing.rows}
+PARTS = {
+    "norms": norms.rows,
+    "training": training.rows,
+    "watching": watching.rows,
+    "grouping": grouping.rows,
+    "importing": importing.rows,
+}
 
 
 def main() -> None:
