@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from lightning_regdecay.groups.groups import DecayGroup, DecayGroups, build_decay_groups, numel_of
+from lightning_regdecay.groups.patterns import name_patterns
 from lightning_regdecay.groups.tables import preformatted
 from lightning_regdecay.rules.forms import DecayRules, LrRules
 from lightning_regdecay.rules.selectors import equal_options
@@ -62,7 +62,7 @@ class Comparison:
         for move in self.moves:
             size = f"{len(move.params):,} tensors, {move.numel:,} parameters"
             lines.append(f"{_group_text(move.before)} → {_group_text(move.after)}: {size}")
-            patterns = _name_patterns(move.params)
+            patterns = name_patterns(move.params)
             lines += [f"  {pattern}" for pattern in patterns[:_MOST_PATTERNS]]
             if len(patterns) > _MOST_PATTERNS:
                 lines.append(f"  … and {len(patterns) - _MOST_PATTERNS:,} lines more")
@@ -141,35 +141,3 @@ def _group_text(group: DecayGroup) -> str:
     if treatment.lr_mult is not None:
         given["lr"] = treatment.lr_text
     return ", ".join([group.name, *(f"{name} {value}" for name, value in given.items())])
-
-
-def _name_patterns(names: Iterable[str]) -> list[str]:
-    """Names with their numbers put together, so that a deep model takes a line per kind of parameter.
-
-    >>> _name_patterns(["layers.0.bias", "layers.1.bias", "layers.3.bias", "head.bias"])
-    ['layers.[0-1,3].bias  (3)', 'head.bias']
-    """
-    alike: dict[str, list[list[int]]] = {}
-    for name in names:
-        parts = name.split(".")
-        template = ".".join("{}" if part.isdecimal() else re.sub(r"([{}])", r"\1\1", part) for part in parts)
-        alike.setdefault(template, []).append([int(part) for part in parts if part.isdecimal()])
-    return [
-        template.format(*map(_ranges, zip(*numbers))) + f"  ({len(numbers):,})" * (len(numbers) > 1)
-        for template, numbers in alike.items()
-    ]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Numbers as ranges, in brackets where there are several.
-
-    >>> _ranges([0, 1, 2, 5]), _ranges([3, 3])
-    ('[0-2,5]', '3')
-    """
-    known = set(numbers)
-    found = sorted(known)
-    if len(found) == 1:
-        return str(found[0])
-    starts = [n for n in found if n - 1 not in known]
-    ends = [n for n in found if n + 1 not in known]
-    return f"[{','.join(str(a) if a == b else f'{a}-{b}' for a, b in zip(starts, ends))}]"
