@@ -6,10 +6,15 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_regdecay.rules.names import hint
+from lightning_regdecay.rules.plots import Lr, plot_schedule
 from lightning_regdecay.rules.scalars import nonnegative_number, positive_number, whole_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Kind = Literal["constant", "linear", "cosine", "exponential", "follow_lr", "timescale"]
 
@@ -187,6 +192,28 @@ class DecaySchedule:
         if self.schedule == "cosine":
             return end + (start - end) * (1 + math.cos(math.pi * p)) / 2
         return math.exp((1 - p) * math.log(start) + p * math.log(end))
+
+    def plot(
+        self, steps: int, *, lr: Lr | None = None, epochs: float | None = None, ax: Axes | None = None
+    ) -> tuple[Figure, Axes]:
+        """Plot λ over a run, before it begins.
+
+        Args:
+            steps: the optimizer steps of the run.
+            lr: the lr of the run, for ``follow_lr`` and ``timescale``: a function of the steps done, a list with a
+                value for each step, or a number. Its peak is the highest of these, unless the schedule has its own.
+            epochs: how many epochs the run has, for schedules with a time in epochs.
+            ax: matplotlib axes to draw on; by default a new figure.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            ModuleNotFoundError: without matplotlib.
+            TypeError: for steps or an lr that are no numbers.
+            ValueError: for steps below 1, and where the schedule needs ``lr`` or ``epochs`` and has none.
+        """
+        return plot_schedule(self, steps, lr, epochs, ax)
 
 
 def scheduled_param_group(schedule: DecaySchedule) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""A schedule as a plot, and the way to matplotlib for all plots. Knows schedules only as what tells λ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lightning_regdecay.rules.scalars import nonnegative_number, positive_number, whole_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lightning_regdecay.rules.schedules import DecaySchedule
+
+Lr: TypeAlias = float | Sequence[float] | Callable[[int], float]
+
+TIME = "time (optimizer steps)"
+WEIGHT_DECAY = "weight decay λ"
+_NEED_LR = ("follow_lr", "timescale")
+_MOST_POINTS = 2000
+
+
+def pyplot() -> Any:
+    """``matplotlib.pyplot``, which is an extra.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+    """
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("plot() needs matplotlib: pip install matplotlib") from None
+    return plt
+
+
+def plot_schedule(
+    schedule: DecaySchedule, steps: int, lr: Lr | None, epochs: float | None, ax: Axes | None
+) -> tuple[Figure, Axes]:
+    """Draw λ over a run, see :meth:`DecaySchedule.plot`."""
+    count = whole_number("steps", steps, least=1)
+    if count is None:
+        raise TypeError("steps must be the optimizer steps of the run, got None")
+    values = schedule_values(schedule, count, lr, epochs)
+    plt = pyplot()
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    times = sorted({*range(0, len(values), math.ceil(len(values) / _MOST_POINTS)), len(values) - 1})
+    ax.plot(times, [values[t] for t in times], label=schedule.text, marker="o" if len(times) == 1 else None)
+    ax.set_xlabel(TIME)
+    ax.set_ylabel(WEIGHT_DECAY)
+    ax.set_title(schedule.text, fontsize="medium")
+    ax.set_ylim(bottom=0)
+    if not any(values):
+        ax.set_ylim(0, 1)
+    ax.grid(alpha=0.3)
+    return ax.figure, ax  # type: ignore[return-value]  # or the part of a figure that the axes are in
+
+
+def schedule_values(schedule: DecaySchedule, steps: int, lr: Lr | None, epochs: float | None) -> list[float]:
+    """λ for each step of a run of so many."""
+    epochs = positive_number("epochs", epochs)
+    if epochs is None and (schedule.epochs is not None or schedule.delay_epochs is not None):
+        raise ValueError(
+            f"the schedule '{schedule.text}' has a time in epochs: pass how many the run has, plot({steps}, epochs=10)"
+        )
+    if lr is None and schedule.schedule in _NEED_LR and not (schedule.schedule == "timescale" and schedule.peak_lr):
+        raise ValueError(f"a {schedule.schedule} schedule goes by the lr: pass lr, a number, a list or a function")
+    steps_per_epoch = steps / (epochs or 1.0)
+    delay = _in_steps(schedule.delay_steps, schedule.delay_epochs, steps_per_epoch) or 0
+    length = _in_steps(schedule.steps, schedule.epochs, steps_per_epoch) or max(steps - delay, 1)
+    lrs = [1.0] * steps if lr is None else _lrs(lr, steps)
+    peak = schedule.peak_lr or max(lrs)
+    if peak <= 0 and schedule.schedule in _NEED_LR:
+        raise ValueError(f"the lr is never above 0, so a {schedule.schedule} schedule has no peak to go by")
+    return [schedule.value(t, length=length, delay=delay, lr=lrs[t], peak_lr=peak) for t in range(steps)]
+
+
+def _in_steps(steps: int | None, epochs: float | None, steps_per_epoch: float) -> int | None:
+    return steps if epochs is None else max(round(epochs * steps_per_epoch), 1 if epochs else 0)
+
+
+def _lrs(lr: Lr, steps: int) -> list[float]:
+    """The lr of each step."""
+    if isinstance(lr, (int, float)):
+        given: list[Any] = [lr] * steps
+    else:
+        given = [lr(step) for step in range(steps)] if callable(lr) else list(lr)
+    if len(given) < steps:
+        raise ValueError(f"lr must have a value for each of the {steps} steps, got {len(given)}")
+    return [nonnegative_number("lr", float(value)) or 0.0 for value in given[:steps]]
