@@ -137,7 +137,6 @@ def draw(learnt: dict[str, Tensor], monitor: WeightDecayMonitor, title: str, pat
     norms.set(xlabel=penalties.get_xlabel(), yscale="log")
     norms.autoscale(axis="y")
     norms.yaxis.set(major_locator=plt.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter="")
-    norms.get_legend().remove()  # the other one stands for both
     bottom.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
 

@@ -7,7 +7,7 @@ import importlib
 import math
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -291,20 +291,32 @@ class WeightDecayMonitor(AnyCallback):
             raise ModuleNotFoundError("to_frame() needs pandas: pip install pandas") from None
         return pandas.DataFrame.from_records(self.records(), columns=["epoch", "step", "group", *self.figures])
 
-    def plot(self, ax: Sequence[Any] | None = None) -> tuple[Figure, Any]:
-        """Plot the norm and the penalty of each group over the optimizer steps.
+    def plot(
+        self,
+        ax: Any = None,
+        *,
+        figures: str | Iterable[str] | None = None,
+        groups: str | Iterable[str] | None = None,
+        x: str = "step",
+    ) -> tuple[Figure, Any]:
+        """Plot figures of the groups over time, a panel per figure: as lines, of more than 20 groups as heat maps.
 
         Args:
-            ax: two matplotlib axes to draw on, for the norms and for the penalties; by default a new figure.
+            ax: matplotlib axes to draw on, one for each figure; by default a new figure.
+            figures: names of figures that were logged; by default ``l2_norm`` and ``penalty``, where neither was
+                logged all that were. Where λ of a group moves, a new figure has it as its third panel.
+            groups: names of groups, or patterns such as ``"head*"``; by default all.
+            x: ``"step"``, the optimizer steps done, or ``"epoch"``, the epochs done.
 
         Returns:
-            The figure and the two axes.
+            The figure and its axes, in the order of the figures.
 
         Raises:
             ModuleNotFoundError: without matplotlib.
-            ValueError: where nothing was logged yet, or ``ax`` is not two axes.
+            ValueError: where nothing was logged yet, for figures that were not logged and groups that there are none
+                of, another ``x``, and an ``ax`` that is not one for each figure.
         """
-        return plot_history(self.history, self.prefix, ax)
+        return plot_history(self.history, self.prefix, ax, figures=figures, groups=groups, x=x)
 
     def _step_is_due(self, trainer: Trainer) -> bool:
         """Whether a multiple of ``every_n_steps`` was reached since the last call; a batch may take several steps."""

@@ -570,25 +570,21 @@ class TestPlot:
         assert axes[0].get_ylabel() == "L2 norm ‖w‖₂ (unit of the weights)"
         assert axes[1].get_ylabel() == "penalty ½·λ·‖w‖₂² (unit of the loss)"
 
-    def test_the_legend_covers_no_line(self, monitor):
+    def test_one_legend_covers_no_line_and_tells_the_weight_decay(self, monitor):
         figure, axes = monitor.plot()
         figure.canvas.draw()
-        for ax in axes:
-            assert not ax.get_legend().get_window_extent().overlaps(ax.get_window_extent())
-            assert figure.bbox.contains(*ax.get_legend().get_window_extent().max)
-
-    def test_many_groups_have_many_colours(self):
-        monitor = WeightDecayMonitor()
-        monitor.history = [
-            {
-                "epoch": 0,
-                "step": 1,
-                **{f"decay/g{i}/{f}": 1.0 for i in range(25) for f in ("l2_norm", "penalty")},
-                "decay/total/penalty": 25.0,
-            }
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [
+            "bias (λ 0)",
+            "norm (λ 0.01)",
+            "head (λ 0.001)",
+            "rest (λ 0.05)",
+            "total",
         ]
-        _, axes = monitor.plot()
-        assert len({line.get_color() for line in axes[0].get_lines()}) == 25
+        for ax in axes:
+            assert ax.get_legend() is None
+            assert not legend.get_window_extent().overlaps(ax.get_window_extent())
+        assert figure.bbox.contains(*legend.get_window_extent().max)
 
     def test_small_groups_are_not_pressed_onto_the_axis(self):
         monitor = WeightDecayMonitor()
@@ -605,6 +601,8 @@ class TestPlot:
 
         figure, axes = plt.subplots(1, 2)
         assert monitor.plot(axes)[0] is figure
+        assert axes[0].get_legend() is None
+        assert len(axes[1].get_legend().get_texts()) == len(GROUPS) + 1
         for wrong in ([axes[0]], axes[0], 3):
             with pytest.raises(ValueError, match="ax must be two axes"):
                 monitor.plot(wrong)

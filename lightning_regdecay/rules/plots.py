@@ -46,14 +46,12 @@ def plot_schedule(
     plt = pyplot()
     if ax is None:
         _, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
+        ax.set_title(schedule.text, fontsize="medium")
     times = sorted({*range(0, len(values), math.ceil(len(values) / _MOST_POINTS)), len(values) - 1})
     ax.plot(times, [values[t] for t in times], label=schedule.text, marker="o" if len(times) == 1 else None)
     ax.set_xlabel(TIME)
     ax.set_ylabel(WEIGHT_DECAY)
-    ax.set_title(schedule.text, fontsize="medium")
-    ax.set_ylim(bottom=0)
-    if not any(values):
-        ax.set_ylim(0, 1)
+    ax.set_ylim(bottom=0, auto=None)  # and another schedule on the same axes finds its room
     ax.grid(alpha=0.3)
     return ax.figure, ax  # type: ignore[return-value]  # or the part of a figure that the axes are in
 
