@@ -6,13 +6,14 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names, problem_of, taking_groups
 from lightning_regdecay.groups.parameters import ModelParameter, class_of, model_parameters
+from lightning_regdecay.groups.plots import plot_groups
 from lightning_regdecay.groups.shards import original_shape
 from lightning_regdecay.groups.tables import Lines, Table, Tabular
 from lightning_regdecay.rules.crossing import Pair, RuleSet, Treatment, parse_rule_set
@@ -22,6 +23,10 @@ from lightning_regdecay.rules.rules import OWN, DecayRule, LrRule
 from lightning_regdecay.rules.scalars import nonnegative_number, true_or_false
 from lightning_regdecay.rules.schedules import LR_MULT_KEY, DecaySchedule, scheduled_param_group
 from lightning_regdecay.rules.selectors import Rule, classes_of, patterns_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NAMES_KEY = "decay_params"
 """Where a param group of ours holds the names of its parameters. Not in torch's own ``param_names``: beside groups that
@@ -185,6 +190,23 @@ class DecayGroups(Tabular, list[DecayGroup]):
             text = self.rule_set.text_of(treatment.pair)
             rows.append(table_row(group.name, text, group.params.values(), treatment.strength_text, treatment.lr_text))
         return [*rows, total_row(parameter for group in self for parameter in group.params.values())]
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Plot which parameter is in which group: a row per module, a cell per parameter in the colour of its λ.
+
+        Layers whose parameters are in the same groups share a row, ``layers.[0-11].mlp  (12)``. Dots mark a λ on a
+        schedule (in the colour of its highest), stripes one that goes by the optimizer's own.
+
+        Args:
+            ax: matplotlib axes to draw on; by default a new figure.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            ModuleNotFoundError: without matplotlib.
+        """
+        return plot_groups(self, self._parameters, ax)
 
     def explain(self, name: str) -> str:
         """Which rule took a parameter, and why each earlier rule did not.
