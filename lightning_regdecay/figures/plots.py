@@ -231,7 +231,7 @@ def _new_panels(plt: Any, drawn: _Drawn, is_map: bool) -> list[Any]:
 
 def _given_panels(ax: Any, figures: Sequence[str]) -> list[Any]:
     """The axes of the user, one for each figure."""
-    panels = list(ax) if isinstance(ax, Iterable) else [ax]
+    panels = list(getattr(ax, "flat", ax)) if isinstance(ax, Iterable) else [ax]  # plt.subplots gives arrays
     if len(panels) != len(figures) or not all(hasattr(panel, "plot") for panel in panels):
         count = _COUNTS[len(figures)] if len(figures) < len(_COUNTS) else f"{len(figures)} axes"
         raise ValueError(f"ax must be {count}, for {', '.join(figures)}, got {len(panels)}")
@@ -330,7 +330,7 @@ def _scale(rows: Iterable[Iterable[float]]) -> tuple[Any, str]:
     else:
         norm, note = Normalize(min(known, default=0.0), max(known, default=1.0)), ""
     if len(known) < len(values):
-        note = f"{note}, or none" if note else "\ngray: none"
+        note = f"{note}, or no finite value" if note else "\ngray: no finite value"
     return norm, note
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_regdecay.groups.groups import DecayGroup
 
 NO_DECAY = "#f2f0e6"
-OWN_STRENGTH = "#b8b8b8"
+OWN_STRENGTH = "#d4d4d4"
 FROZEN = "white"
 _MOST_IN_LEGEND = 24
 _LINEAR_SPAN = 20  # largest over smallest λ that a linear scale of colours still shows apart
@@ -129,7 +129,7 @@ def _look(plt: Any, norm: Any, group: DecayGroup, strength: float | None) -> _Lo
     moves = group.rule is not None and isinstance(group.rule.weight_decay, DecaySchedule)
     hatch = "..." if moves else None
     if strength is None:
-        return _Look(OWN_STRENGTH, hatch or "////")
+        return _Look(OWN_STRENGTH, hatch or "//")
     return _Look(_colors(plt)(norm(strength)) if strength else NO_DECAY, hatch)
 
 
@@ -147,7 +147,7 @@ def _draw_cell(ax: Any, x: float, y: float, cell: _Cell, look: _Look | None) -> 
     )
     from matplotlib.patheffects import withStroke
 
-    ax.barh(y, 0.95, 0.86, left=x, edgecolor="dimgray", linewidth=0.6, **style)
+    ax.barh(y, 0.95, 0.86, left=x, edgecolor="gray", linewidth=0.6, **style)
     name = f"{_shortened(cell.name)} (tied)" if cell.tied else _shortened(cell.name)
     halo = [withStroke(linewidth=2.5, foreground=style["facecolor"])]  # keeps hatches off the letters
     for text, above, size in ((name, 0.16, 8), (_shortened(cell.group or "frozen"), -0.24, 6)):
@@ -168,16 +168,16 @@ def _add_legend(
     if len(groups) <= _MOST_IN_LEGEND:
         entries = [(f"{group.name} (λ {group.strength_text})", looks[group.name]) for group in groups]
     else:
-        kinds = [("λ 0", _Look(NO_DECAY, None)), ("λ by the optimizer's own", _Look(OWN_STRENGTH, "////"))]
+        kinds = [("λ 0", _Look(NO_DECAY, None)), ("λ by the optimizer's own", _Look(OWN_STRENGTH, "//"))]
         entries = [(text, look) for text, look in kinds if look in looks.values()]
         if norm is not None:
             ax.figure.colorbar(
                 ScalarMappable(norm, _colors(plt)), ax=ax, label=WEIGHT_DECAY, fraction=0.05, aspect=50, pad=0.02
             )
     handles = [
-        Patch(facecolor=look.color, hatch=look.hatch, edgecolor="dimgray", linewidth=0.6, label=text)
+        Patch(facecolor=look.color, hatch=look.hatch, edgecolor="gray", linewidth=0.6, label=text)
         for text, look in entries
     ]
     if has_frozen:
-        handles.append(Patch(facecolor=FROZEN, edgecolor="dimgray", linestyle=":", label="frozen, in no group"))
+        handles.append(Patch(facecolor=FROZEN, edgecolor="gray", linestyle=":", label="frozen, in no group"))
     ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize="small")

@@ -101,6 +101,12 @@ class TestFigures:
         with pytest.raises(ValueError, match="ax must be two axes, for l2_norm, penalty, got 1"):
             monitor_of(USUAL).plot(ax)
 
+    def test_on_a_grid_of_axes(self):
+        import matplotlib.pyplot as plt
+
+        _, grid = plt.subplots(1, 2, squeeze=False)
+        assert monitor_of(USUAL).plot(grid)[1] == list(grid.flat)
+
 
 class TestGroups:
     @pytest.mark.parametrize(
@@ -192,7 +198,7 @@ class TestManyGroups:
         del monitor.history[0]["decay/g0/penalty"]
         figure, _ = monitor.plot()
         figure.canvas.draw()
-        assert figure.axes[3].get_ylabel() == f"{LABELS['penalty']}\ngray: none"
+        assert figure.axes[3].get_ylabel() == f"{LABELS['penalty']}\ngray: no finite value"
 
     def test_few_of_them_are_lines(self):
         monitor = monitor_of(USUAL, groups=[f"g{i}" for i in range(26)])

@@ -83,7 +83,7 @@ def test_what_goes_by_the_optimizers_own_is_striped():
     rows, _, legend = drawn(rules)
     (token,), (norm, bias), *_ = rows.values()
     assert token[1] == "default"
-    assert token[2].get_hatch() == norm[2].get_hatch() == "////"
+    assert token[2].get_hatch() == norm[2].get_hatch() == "//"
     assert bias[2].get_hatch() is None
     assert legend == ["bias (λ 0 x optimizer's)", "norm (λ 0.5 x optimizer's)", "default (λ optimizer's)"]
 
