@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-import math
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_regdecay.figures.history import Exposure, Thinning, end_table, rows
-from lightning_regdecay.figures.measures import OF_A_STEP, OF_AN_UPDATE, Measured, chosen, figure
-from lightning_regdecay.figures.norms import GroupL2Norm, LocalSums, is_measurable
+from lightning_regdecay.figures.measures import chosen
+from lightning_regdecay.figures.measuring import Live, Measurer, is_deepspeed, live_groups
 from lightning_regdecay.figures.plots import plot_history
-from lightning_regdecay.figures.steps import BEFORE, GRADIENT, UPDATE, StepWatcher
-from lightning_regdecay.groups.groups import TABLE_HEADER, numel_of, table_row, total_row
+from lightning_regdecay.groups.groups import TABLE_HEADER, table_row, total_row
 from lightning_regdecay.groups.parameters import model_parameters
 from lightning_regdecay.groups.shards import remember_flattened
 from lightning_regdecay.groups.tables import Table, preformatted
-from lightning_regdecay.optim.decoupling import is_decoupled
-from lightning_regdecay.optim.holders import innermost, unwrapped, with_held
-from lightning_regdecay.optim.in_force import in_force, refresh, watch
+from lightning_regdecay.optim.in_force import refresh
 from lightning_regdecay.retrofit import OF_THE_MODEL, AnyCallback, let_go_of_model
-from lightning_regdecay.rules.names import safe_name, unique_name
 from lightning_regdecay.rules.scalars import true_or_false
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WHOLE = "whole"
-"""In the place of the number of a tensor, a whole group."""
-NEEDS_SIZES = {"rms", "equilibrium", "largest"}
-NEEDS_KIND = {"equilibrium", "decay_share", "equilibrium_angle"}
 _NOTHING_YET = "WeightDecayMonitor: nothing was logged yet"
 
 
@@ -78,7 +68,6 @@ class WeightDecayMonitor(AnyCallback):
         history: what was logged in this run, one dictionary per event with ``epoch``, ``step`` (optimizer steps done)
             and the logged keys. Kept through checkpoints; a fit that starts from step 0 starts it anew. Of more than
             1,000 events evenly spaced ones are kept, the first and the last always.
-        largest: by group, the name of the tensor that the figure ``largest`` was of last.
     """
 
     def __init__(
@@ -104,17 +93,11 @@ class WeightDecayMonitor(AnyCallback):
         self.summary = summary if summary in ("start", "end", "both") else true_or_false("summary", summary)
         self.figures = chosen(figures)
         self.history: list[dict[str, float]] = []
-        self.largest: dict[str, str] = {}
         self._thinning, self._exposure = Thinning(), Exposure()
         self._has_layout = False
         self._steps_seen = 0
         self._steps_a_batch = 1
-        self._watcher: StepWatcher | None = None
-        self._end_watch: Callable[[], None] | None = None
-        self._warned: set[str] = set()
-        self._left_out: set[str] = set()
-        self._l2_norm: GroupL2Norm | None = None  # kept, as to make one takes as long as the norms of a small model
-        self._parameters: dict[str, torch.nn.Parameter] = {}  # of the model, by name
+        self._measurer = Measurer(self.figures)
         self._is_restored = self._evaluates = False
         self._trainer: weakref.ref[Trainer] | None = None  # of the run that the history is of
 
@@ -150,11 +133,9 @@ class WeightDecayMonitor(AnyCallback):
         self._exposure, self._has_layout = Exposure(trainer.global_step), False
         self._is_restored, self._trainer = False, weakref.ref(trainer)
         self._steps_seen = trainer.global_step
-        self._warned.clear()
-        self._left_out.clear()
+        self._measurer.let_go()  # of a fit that failed
         remember_flattened(pl_module if trainer.strategy.model is None else trainer.strategy.model)
-        self._parameters = {name: p.parameter for p in model_parameters(pl_module) for name in p.names}
-        self._l2_norm = None  # a fit that failed has left its own
+        self._measurer.begin({name: p.parameter for p in model_parameters(pl_module) for name in p.names})
         for optimizer in trainer.optimizers:
             refresh(optimizer)
         self._watch(trainer)
@@ -164,46 +145,23 @@ class WeightDecayMonitor(AnyCallback):
 
     def _watch(self, trainer: Trainer) -> None:
         """Look on while the optimizers step, where a figure asks for it."""
-        self._stop_watching()
-        if OF_A_STEP.isdisjoint(self.figures):
-            return
-        if any(_is_deepspeed(optimizer) for optimizer in trainer.optimizers):
-            asked = ", ".join(name for name in self.figures if name in OF_A_STEP)
+        asked = self._measurer.of_a_step
+        if asked and any(map(is_deepspeed, trainer.optimizers)):
             raise MisconfigurationException(
-                f"DeepSpeed's engine steps past the optimizer, so nobody can look on: leave out the figures {asked}"
+                "DeepSpeed's engine steps past the optimizer, so nobody can look on: leave out the figures "
+                + ", ".join(asked)
             )
         # By hand there may be any number, which the batches before tell.
         by_hand = not trainer.lightning_module.automatic_optimization
         self._steps_a_batch = (self.every_n_steps or 1) if by_hand else 1
         reference = weakref.ref(trainer)
-
-        def groups_of(optimizer: Any) -> dict[str, dict[str, Any]]:
-            run = reference()
-            found = {} if run is None else dict(_live_groups(run))
-            steps = {id(one) for one in with_held(optimizer)}
-            return {
-                name: {**live.group, "params": self._measurable(name, live)}
-                for name, live in found.items()
-                if any(id(one) in steps for one in with_held(live.optimizer))
-            }
-
-        self._watcher = StepWatcher(
-            groups_of, gradients="grad_norm" in self.figures, updates=not OF_AN_UPDATE.isdisjoint(self.figures)
-        )
-        self._end_watch = watch(trainer.optimizers, self._watcher)
-
-    def _stop_watching(self) -> None:
-        if self._end_watch is not None:
-            self._end_watch()
-        self._watcher = self._end_watch = None
+        self._measurer.watch(lambda: [] if (run := reference()) is None else run.optimizers)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look on at the steps of this batch, should they be logged."""
-        if self._watcher is not None:
-            n, after = self.every_n_steps, trainer.global_step + self._steps_a_batch
-            is_due = n is not None and after // n > trainer.global_step // n
-            is_last = trainer.is_last_batch or 0 < trainer.max_steps <= after
-            self._watcher.start_batch(is_due or is_last)
+        n, after = self.every_n_steps, trainer.global_step + self._steps_a_batch
+        is_due = n is not None and after // n > trainer.global_step // n
+        self._measurer.start_batch(is_due or trainer.is_last_batch or 0 < trainer.max_steps <= after)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -238,15 +196,18 @@ class WeightDecayMonitor(AnyCallback):
         self._let_go()
 
     def _let_go(self) -> None:
-        self._stop_watching()
-        self._parameters, self._l2_norm = {}, None
+        self._measurer.let_go()
         let_go_of_model(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and other processes: what is of the fit under way stays here."""
         own = {name: value for name, value in vars(self).items() if name not in OF_THE_MODEL}
-        here = {"_l2_norm": None, "_trainer": None, "_watcher": None, "_end_watch": None}
-        return {**own, "_parameters": {}, **here}
+        return {**own, "_trainer": None}
+
+    @property
+    def largest(self) -> dict[str, str]:
+        """By group, the name of the tensor that the figure ``largest`` was of last."""
+        return dict(self._measurer.largest)
 
     @property
     def table(self) -> Table:
@@ -375,165 +336,28 @@ class WeightDecayMonitor(AnyCallback):
 
     def _metrics(self, trainer: Trainer) -> dict[str, float]:
         """The logged values of this moment by key."""
-        groups = dict(_live_groups(trainer))
-        members = {name: self._measurable(name, live) for name, live in groups.items()}
-        sums = {} if self._watcher is None else self._watcher.take()
-        norms = self._norms(members, sums)
-        metrics: dict[str, float] = {}
-        self._exposure.add(trainer.global_step, {name: _rate(live) for name, live in groups.items()})
-        for name, live in groups.items():
-            measured = self._measured(name, live, members[name], norms)
-            for figure_name in self.figures:
-                value = figure(figure_name, measured)
-                if isinstance(value, str):
-                    self._say_once(f"{figure_name} of group {name!r} is left out: {value}")
-                elif value is not None:
-                    metrics[f"{self.prefix}/{name}/{figure_name}"] = value
-            self._warn_if_not_finite(name, measured.norm)
+        groups = dict(live_groups(trainer.optimizers))
+        self._exposure.add(trainer.global_step, {name: live.rate for name, live in groups.items()})
+        found = self._measurer.measure(trainer.optimizers)
+        metrics = {f"{self.prefix}/{name}/{key}": v for name, figures in found.items() for key, v in figures.items()}
         if "penalty" in self.figures:
-            metrics[f"{self.prefix}/total/penalty"] = sum(metrics[f"{self.prefix}/{name}/penalty"] for name in groups)
+            metrics[f"{self.prefix}/total/penalty"] = sum(figures["penalty"] for figures in found.values())
         return metrics
-
-    def _norms(
-        self, members: Mapping[str, list[torch.Tensor]], sums: Mapping[tuple[str, str], LocalSums]
-    ) -> dict[tuple[str, Any], float]:
-        """The norms of groups, of single tensors where one is asked for, and of what was seen of a step.
-
-        All by one metric, so that there is at most one collective.
-        """
-        places: dict[str, tuple[str, Any]] = {}
-        tensors: dict[str, list[torch.Tensor]] = {}
-        for name, of_group in members.items():
-            parts = dict(enumerate([tensor] for tensor in of_group)) if self._asks_for_tensors else {WHOLE: of_group}
-            for key, some in parts.items():
-                places[f"{len(places)}"], tensors[f"{len(tensors)}"] = (name, key), some
-        seen = {(name, kind): f"{name}/{kind}" for name, kind in sums}
-        columns = (*places, *seen.values())
-        if self._l2_norm is None or self._l2_norm.groups != columns:
-            self._l2_norm = GroupL2Norm(columns)
-        self._l2_norm.reset()
-        self._l2_norm.update(tensors)
-        self._l2_norm.add({seen[key]: of_step for key, of_step in sums.items()})
-        found = {name: norm.item() for name, norm in self._l2_norm.compute().items()}
-        norms = {place: found[column] for column, place in places.items()}
-        norms.update({key: found[column] for key, column in seen.items()})
-        if self._asks_for_tensors:
-            for name, of_group in members.items():
-                norms[name, WHOLE] = math.hypot(*(norms[name, number] for number in range(len(of_group))))
-        return norms
-
-    @property
-    def _asks_for_tensors(self) -> bool:
-        return "largest" in self.figures
-
-    def _measured(
-        self, name: str, live: _Live, members: list[torch.Tensor], norms: Mapping[tuple[str, Any], float]
-    ) -> Measured:
-        """What was measured of a group."""
-        group, optimizer = live.group, innermost([unwrapped(live.optimizer)])
-        known = _Kind.of(optimizer, group) if NEEDS_KIND.intersection(self.figures) else _Kind(None, False, None)
-        sizes = [numel_of([tensor]) for tensor in members] if NEEDS_SIZES.intersection(self.figures) else []
-        largest = None
-        if self._asks_for_tensors and members:
-            every = [norms[name, number] / math.sqrt(size or 1) for number, size in enumerate(sizes)]
-            number = max(range(len(every)), key=every.__getitem__)
-            largest = every[number]
-            names = group["param_names"]
-            self.largest[name] = names[number] if len(names) == len(members) else str(number)
-        return Measured(
-            norm=norms[name, WHOLE],
-            numel=sum(sizes),
-            weight_decay=_weight_decay(live),
-            lr=None if group.get("lr") is None else float(group["lr"]),
-            is_decoupled=known.is_decoupled,
-            is_adam_like=known.is_adam_like,
-            beta=known.beta,
-            before=norms.get((name, BEFORE)),
-            gradient=norms.get((name, GRADIENT)),
-            update=norms.get((name, UPDATE)),
-            decay_of_step=None if self._watcher is None else self._watcher.decay.get(name),
-            largest=largest,
-        )
-
-    def _say_once(self, line: str) -> None:
-        if line not in self._warned:
-            self._warned.add(line)
-            rank_zero_info(line)
-
-    def _measurable(self, name: str, live: _Live) -> list[torch.Tensor]:
-        """The members of a group, without those of which no norm can be taken."""
-        members = self._members(live)
-        found = [tensor for tensor in members if is_measurable(tensor)]
-        if len(found) < len(members) and name not in self._left_out:
-            self._left_out.add(name)
-            rank_zero_warn(
-                f"{len(members) - len(found)} parameters of group {name!r} are left out of its norm and penalty: they "
-                "are in a layout of which no norm can be taken"
-            )
-        return found
-
-    def _members(self, live: _Live) -> list[torch.Tensor]:
-        """The parameters of the model that a param group updates.
-
-        DeepSpeed (0.19) puts flat parts of float32 copies in the place of a group's parameters, or nothing at all; the
-        names stay.
-        """
-        group = live.group
-        names = group["param_names"]
-        if not live.is_deepspeed or not names or not all(name in self._parameters for name in names):
-            return group["params"]  # type: ignore[no-any-return]
-        return [self._parameters[name] for name in names]
-
-    def _warn_if_not_finite(self, name: str, norm: float) -> None:
-        if not math.isfinite(norm) and name not in self._warned:
-            self._warned.add(name)
-            rank_zero_warn(f"the L2 norm of group {name!r} is {norm}: its parameters hold NaN or infinity")
 
     def _table_rows(self, trainer: Trainer) -> list[list[str]]:
         """The cells of the table at fit start, with the λ and the lr that the optimizers hold."""
-        groups = dict(_live_groups(trainer))
+        groups = dict(live_groups(trainer.optimizers))
         rows = [
             table_row(
                 name,
                 live.text or "-",
-                self._members(live),
+                self._measurer.members(live),
                 _cell_of_strength(live),
                 "-" if live.group.get("lr") is None else float(live.group["lr"]),
             )
             for name, live in groups.items()
         ]
-        return [*rows, total_row(parameter for live in groups.values() for parameter in self._members(live))]
-
-
-class _Kind(NamedTuple):
-    """What kind of steps an optimizer does with a param group."""
-
-    is_decoupled: bool | None
-    is_adam_like: bool
-    beta: float | None
-
-    @staticmethod
-    def of(optimizer: Any, group: Mapping[str, Any]) -> _Kind:
-        """As far as it can be found out."""
-        state = optimizer.state.get(group["params"][0], {}) if group["params"] else {}
-        betas = group.get("betas")
-        beta = float(betas[0]) if isinstance(betas, (list, tuple)) and betas else None
-        return _Kind(is_decoupled(optimizer, group), "exp_avg_sq" in state and beta is not None, beta)
-
-
-class _Live(NamedTuple):
-    """A param group as its optimizer steps over it."""
-
-    group: dict[str, Any]
-    text: str
-    """The rule that it is under."""
-    schedule: str
-    is_deepspeed: bool
-    optimizer: Any
-
-
-def _is_deepspeed(optimizer: Any) -> bool:
-    return type(optimizer).__module__.startswith("deepspeed.")
+        return [*rows, total_row(parameter for live in groups.values() for parameter in self._measurer.members(live))]
 
 
 def groups_in(record: Mapping[str, Any], prefix: str) -> list[str]:
@@ -559,33 +383,6 @@ def _keys(name: str, value: Any) -> Any:
     return true_or_false(name, value)
 
 
-def _rate(live: _Live) -> float:
-    """lr·λ of a param group at this moment."""
-    return float(live.group.get("lr") or 0.0) * _weight_decay(live)
-
-
-def _weight_decay(live: _Live) -> float:
-    """The λ of a param group at this moment, 0 for an optimizer that knows none."""
-    return float(live.group.get("weight_decay") or 0.0)
-
-
-def _cell_of_strength(live: _Live) -> str:
+def _cell_of_strength(live: Live) -> str:
     """The λ of a param group, with the schedule that it is on."""
-    return f"{_weight_decay(live):g}" + (f" ({live.schedule})" if live.schedule else "")
-
-
-def _live_groups(trainer: Trainer) -> Iterator[tuple[str, _Live]]:
-    """Every param group of every optimizer as it is stepped over, under the name that it has in the keys."""
-    optimizers: set[str] = set()
-    for optimizer in trainer.optimizers:
-        path = ""
-        if len(trainer.optimizers) > 1:
-            optimizer_name = unique_name(safe_name(type(optimizer).__name__), optimizers)
-            optimizers.add(optimizer_name)
-            path = f"{optimizer_name}/"
-        taken = {"total"}
-        for found in in_force(optimizer):
-            name = unique_name(safe_name(str(found.group["name"])), taken)
-            taken.add(name)
-            schedule = "" if found.schedule is None else found.schedule.text
-            yield path + name, _Live(found.group, found.text, schedule, _is_deepspeed(optimizer), optimizer)
+    return f"{live.weight_decay:g}" + (f" ({live.schedule})" if live.schedule else "")

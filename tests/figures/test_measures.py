@@ -221,7 +221,7 @@ def test_nothing_is_left_when_a_fit_has_ended(fails):
     [optimizer] = run.optimizers
     assert "step" not in vars(optimizer)
     assert not optimizer._optimizer_step_pre_hooks
-    assert monitor._watcher is None
+    assert monitor._measurer._watcher is None
     reference = weakref.ref(model)
     del run, model, optimizer
     gc.collect()

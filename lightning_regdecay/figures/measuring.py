@@ -1,0 +1,267 @@
+"""Param groups as they are stepped over → the figures of each, with one collective at most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_regdecay.figures.measures import OF_A_STEP, OF_AN_UPDATE, Measured, figure
+from lightning_regdecay.figures.norms import GroupL2Norm, LocalSums, is_measurable
+from lightning_regdecay.figures.steps import BEFORE, GRADIENT, UPDATE, StepWatcher
+from lightning_regdecay.groups.groups import numel_of
+from lightning_regdecay.optim.decoupling import is_decoupled
+from lightning_regdecay.optim.holders import innermost, unwrapped, with_held
+from lightning_regdecay.optim.in_force import in_force, watch
+from lightning_regdecay.rules.names import safe_name, unique_name
+
+_WHOLE = "whole"
+"""In the place of the number of a tensor, a whole group."""
+_NEEDS_SIZES = {"rms", "equilibrium", "largest"}
+_NEEDS_KIND = {"equilibrium", "decay_share", "equilibrium_angle"}
+
+
+class Measurer:
+    """Measures the groups of optimizers.
+
+    Args:
+        figures: the names of the figures.
+    """
+
+    def __init__(self, figures: Iterable[str]) -> None:
+        self.figures = tuple(figures)
+        self.largest: dict[str, str] = {}
+        """By group, the name of the tensor that was the largest."""
+        self._told: set[str] = set()
+        self._l2_norm: GroupL2Norm | None = None  # kept, as to make one takes as long as the norms of a small model
+        self._parameters: Mapping[str, torch.nn.Parameter] = {}
+        self._watcher: StepWatcher | None = None
+        self._end_watch: Callable[[], None] | None = None
+
+    def begin(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Begin a run.
+
+        Args:
+            parameters: of the model, by name.
+        """
+        self._parameters, self._l2_norm = parameters, None  # a fit that failed has left its own
+        self._told.clear()
+
+    def let_go(self) -> None:
+        """Let go of the model and of its optimizers."""
+        if self._end_watch is not None:
+            self._end_watch()
+        self._parameters, self._l2_norm, self._watcher, self._end_watch = {}, None, None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and other processes: what is of the run under way stays here."""
+        here = {"_l2_norm": None, "_watcher": None, "_end_watch": None}
+        return {**vars(self), "_parameters": {}, **here}
+
+    # Steps.
+
+    @property
+    def of_a_step(self) -> list[str]:
+        """The figures for which somebody must look on while the optimizers step."""
+        return [name for name in self.figures if name in OF_A_STEP]
+
+    def watch(self, optimizers: Callable[[], Iterable[Any]]) -> None:
+        """Look on while the optimizers step, where a figure asks for it.
+
+        Args:
+            optimizers: tells the optimizers.
+        """
+        if not self.of_a_step:
+            return
+
+        def groups_of(optimizer: Any) -> dict[str, dict[str, Any]]:
+            steps = {id(one) for one in with_held(optimizer)}
+            return {
+                name: {**live.group, "params": self._measurable(name, live)}
+                for name, live in live_groups(optimizers())
+                if any(id(one) in steps for one in with_held(live.optimizer))
+            }
+
+        updates = not OF_AN_UPDATE.isdisjoint(self.figures)
+        self._watcher = StepWatcher(groups_of, gradients="grad_norm" in self.figures, updates=updates)
+        self._end_watch = watch(optimizers(), self._watcher)
+
+    def start_batch(self, is_due: bool) -> None:
+        """Forget the steps before; look on at those that come, should they be due."""
+        if self._watcher is not None:
+            self._watcher.start_batch(is_due)
+
+    # Events.
+
+    def measure(self, optimizers: Iterable[Any]) -> dict[str, dict[str, float]]:
+        """The figures of each group, by its name, as far as they have a value."""
+        groups = dict(live_groups(optimizers))
+        members = {name: self._measurable(name, live) for name, live in groups.items()}
+        norms = self._norms(members, {} if self._watcher is None else self._watcher.take())
+        found: dict[str, dict[str, float]] = {}
+        for name, live in groups.items():
+            measured = self._measured(name, live, members[name], norms)
+            found[name] = {}
+            for figure_name in self.figures:
+                value = figure(figure_name, measured)
+                if isinstance(value, str):
+                    self._say_once(f"{figure_name} of group {name!r} is left out: {value}")
+                elif value is not None:
+                    found[name][figure_name] = value
+            self._warn_if_not_finite(name, measured.norm)
+        return found
+
+    def _norms(
+        self, members: Mapping[str, list[torch.Tensor]], sums: Mapping[tuple[str, str], LocalSums]
+    ) -> dict[tuple[str, Any], float]:
+        """The norms of groups, of single tensors where one is asked for, and of what was seen of a step.
+
+        All by one metric, so that there is at most one collective.
+        """
+        places: dict[str, tuple[str, Any]] = {}
+        tensors: dict[str, list[torch.Tensor]] = {}
+        for name, of_group in members.items():
+            parts = (
+                dict(enumerate([tensor] for tensor in of_group)) if "largest" in self.figures else {_WHOLE: of_group}
+            )
+            for key, some in parts.items():
+                places[f"{len(places)}"], tensors[f"{len(tensors)}"] = (name, key), some
+        seen = {(name, kind): f"{name}/{kind}" for name, kind in sums}
+        columns = (*places, *seen.values())
+        if self._l2_norm is None or self._l2_norm.groups != columns:
+            self._l2_norm = GroupL2Norm(columns)
+        self._l2_norm.reset()
+        self._l2_norm.update(tensors)
+        self._l2_norm.add({seen[key]: of_step for key, of_step in sums.items()})
+        found = {name: norm.item() for name, norm in self._l2_norm.compute().items()}
+        norms = {place: found[column] for column, place in places.items()}
+        norms.update({key: found[column] for key, column in seen.items()})
+        if "largest" in self.figures:
+            for name, of_group in members.items():
+                norms[name, _WHOLE] = math.hypot(*(norms[name, number] for number in range(len(of_group))))
+        return norms
+
+    def _measured(
+        self, name: str, live: Live, members: list[torch.Tensor], norms: Mapping[tuple[str, Any], float]
+    ) -> Measured:
+        """What was measured of a group."""
+        group, optimizer = live.group, innermost([unwrapped(live.optimizer)])
+        known = _Kind.of(optimizer, group) if _NEEDS_KIND.intersection(self.figures) else _Kind(None, False, None)
+        sizes = [numel_of([tensor]) for tensor in members] if _NEEDS_SIZES.intersection(self.figures) else []
+        largest = None
+        if "largest" in self.figures and members:
+            every = [norms[name, number] / math.sqrt(size or 1) for number, size in enumerate(sizes)]
+            number = max(range(len(every)), key=every.__getitem__)
+            largest = every[number]
+            names = group["param_names"]
+            self.largest[name] = names[number] if len(names) == len(members) else str(number)
+        return Measured(
+            norm=norms[name, _WHOLE],
+            numel=sum(sizes),
+            weight_decay=live.weight_decay,
+            lr=None if group.get("lr") is None else float(group["lr"]),
+            is_decoupled=known.is_decoupled,
+            is_adam_like=known.is_adam_like,
+            beta=known.beta,
+            before=norms.get((name, BEFORE)),
+            gradient=norms.get((name, GRADIENT)),
+            update=norms.get((name, UPDATE)),
+            decay_of_step=None if self._watcher is None else self._watcher.decay.get(name),
+            largest=largest,
+        )
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            rank_zero_info(line)
+
+    def _measurable(self, name: str, live: Live) -> list[torch.Tensor]:
+        """The members of a group, without those of which no norm can be taken."""
+        members = self.members(live)
+        found = [tensor for tensor in members if is_measurable(tensor)]
+        if len(found) < len(members) and f"{name} in part" not in self._told:
+            self._told.add(f"{name} in part")
+            rank_zero_warn(
+                f"{len(members) - len(found)} parameters of group {name!r} are left out of its norm and penalty: they "
+                "are in a layout of which no norm can be taken"
+            )
+        return found
+
+    def members(self, live: Live) -> list[torch.Tensor]:
+        """The parameters of the model that a param group updates.
+
+        DeepSpeed (0.19) puts flat parts of float32 copies in the place of a group's parameters, or nothing at all; the
+        names stay.
+        """
+        group = live.group
+        names = group["param_names"]
+        if not is_deepspeed(live.optimizer) or not names or not all(name in self._parameters for name in names):
+            return group["params"]  # type: ignore[no-any-return]
+        return [self._parameters[name] for name in names]
+
+    def _warn_if_not_finite(self, name: str, norm: float) -> None:
+        if not math.isfinite(norm) and name not in self._told:
+            self._told.add(name)
+            rank_zero_warn(f"the L2 norm of group {name!r} is {norm}: its parameters hold NaN or infinity")
+
+
+class _Kind(NamedTuple):
+    """What kind of steps an optimizer does with a param group."""
+
+    is_decoupled: bool | None
+    is_adam_like: bool
+    beta: float | None
+
+    @staticmethod
+    def of(optimizer: Any, group: Mapping[str, Any]) -> _Kind:
+        """As far as it can be found out."""
+        state = optimizer.state.get(group["params"][0], {}) if group["params"] else {}
+        betas = group.get("betas")
+        beta = float(betas[0]) if isinstance(betas, (list, tuple)) and betas else None
+        return _Kind(is_decoupled(optimizer, group), "exp_avg_sq" in state and beta is not None, beta)
+
+
+class Live(NamedTuple):
+    """A param group as its optimizer steps over it."""
+
+    group: dict[str, Any]
+    text: str
+    """The rule that it is under."""
+    schedule: str
+    optimizer: Any
+
+    @property
+    def weight_decay(self) -> float:
+        """λ at this moment, 0 for an optimizer that knows none."""
+        return float(self.group.get("weight_decay") or 0.0)
+
+    @property
+    def rate(self) -> float:
+        """lr·λ at this moment."""
+        return float(self.group.get("lr") or 0.0) * self.weight_decay
+
+
+def is_deepspeed(optimizer: Any) -> bool:
+    """Whether an optimizer is one of DeepSpeed's, whose engine steps past ``step``."""
+    return type(optimizer).__module__.startswith("deepspeed.")
+
+
+def live_groups(optimizers: Iterable[Any]) -> Iterator[tuple[str, Live]]:
+    """Every param group of every optimizer as it is stepped over, under the name that it has in the keys."""
+    every = list(optimizers)
+    names: set[str] = set()
+    for optimizer in every:
+        path = ""
+        if len(every) > 1:
+            optimizer_name = unique_name(safe_name(type(optimizer).__name__), names)
+            names.add(optimizer_name)
+            path = f"{optimizer_name}/"
+        taken = {"total"}
+        for found in in_force(optimizer):
+            name = unique_name(safe_name(str(found.group["name"])), taken)
+            taken.add(name)
+            schedule = "" if found.schedule is None else found.schedule.text
+            yield path + name, Live(found.group, found.text, schedule, optimizer)
