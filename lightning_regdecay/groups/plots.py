@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lightning_regdecay.groups.parameters import ModelParameter, class_of
 from lightning_regdecay.groups.patterns import put_together, split
 from lightning_regdecay.rules.plots import WEIGHT_DECAY, pyplot
+from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.schedules import DecaySchedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_regdecay.groups.groups import DecayGroup
 
 NO_DECAY = "#f2f0e6"
 OWN_STRENGTH = "#d4d4d4"
@@ -52,9 +52,7 @@ class _Look(NamedTuple):
     hatch: str | None
 
 
-def plot_groups(
-    groups: Sequence[DecayGroup], parameters: Sequence[ModelParameter], ax: Axes | None
-) -> tuple[Figure, Axes]:
+def plot_groups(groups: Sequence[Any], parameters: Sequence[ModelParameter], ax: Axes | None) -> tuple[Figure, Axes]:
     """Draw which parameter is in which group, see :meth:`DecayGroups.plot`."""
     plt = pyplot()
     rows = _rows(groups, parameters)
@@ -78,7 +76,7 @@ def plot_groups(
     return ax.figure, ax  # type: ignore[return-value]  # or the part of a figure that the axes are in
 
 
-def _rows(groups: Iterable[DecayGroup], parameters: Iterable[ModelParameter]) -> list[_Row]:
+def _rows(groups: Iterable[Any], parameters: Iterable[ModelParameter]) -> list[_Row]:
     """The rows, in the order of the model; layers that are alike share one."""
     group_of = {name: group.name for group in groups for name in group.params}
     modules: dict[str, list[_Cell]] = {}
@@ -99,9 +97,9 @@ def _rows(groups: Iterable[DecayGroup], parameters: Iterable[ModelParameter]) ->
     ]
 
 
-def _strength(group: DecayGroup) -> float | None:
+def _strength(group: Any) -> float | None:
     """The λ that a group goes by its colour for, of a schedule the highest; None where it is not known here."""
-    rule = group.rule
+    rule: DecayRule | None = group.rule
     if rule is None:
         return None
     if isinstance(rule.weight_decay, DecaySchedule):
@@ -124,7 +122,7 @@ def _norm(strengths: Sequence[float]) -> Any:
     return LogNorm(least, most) if most > _LINEAR_SPAN * least else Normalize(0.0, most)
 
 
-def _look(plt: Any, norm: Any, group: DecayGroup, strength: float | None) -> _Look:
+def _look(plt: Any, norm: Any, group: Any, strength: float | None) -> _Look:
     """Dots mark a λ that moves, stripes a λ that goes by the optimizer's own."""
     moves = group.rule is not None and isinstance(group.rule.weight_decay, DecaySchedule)
     hatch = "..." if moves else None
@@ -159,7 +157,7 @@ def _shortened(name: str) -> str:
 
 
 def _add_legend(
-    plt: Any, ax: Any, groups: Sequence[DecayGroup], looks: Mapping[str, _Look], norm: Any, has_frozen: bool
+    plt: Any, ax: Any, groups: Sequence[Any], looks: Mapping[str, _Look], norm: Any, has_frozen: bool
 ) -> None:
     """What the colours are: of few groups each by name, of many the colours of λ alone."""
     from matplotlib.cm import ScalarMappable

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_regdecay.rules.schedules import DecaySchedule
 
 Lr: TypeAlias = float | Sequence[float] | Callable[[int], float]
 
@@ -36,7 +35,7 @@ def pyplot() -> Any:
 
 
 def plot_schedule(
-    schedule: DecaySchedule, steps: int, lr: Lr | None, epochs: float | None, ax: Axes | None
+    schedule: Any, steps: int, lr: Lr | None, epochs: float | None, ax: Axes | None
 ) -> tuple[Figure, Axes]:
     """Draw λ over a run, see :meth:`DecaySchedule.plot`."""
     count = whole_number("steps", steps, least=1)
@@ -56,7 +55,7 @@ def plot_schedule(
     return ax.figure, ax  # type: ignore[return-value]  # or the part of a figure that the axes are in
 
 
-def schedule_values(schedule: DecaySchedule, steps: int, lr: Lr | None, epochs: float | None) -> list[float]:
+def schedule_values(schedule: Any, steps: int, lr: Lr | None, epochs: float | None) -> list[float]:
     """λ for each step of a run of so many."""
     epochs = positive_number("epochs", epochs)
     if epochs is None and (schedule.epochs is not None or schedule.delay_epochs is not None):
