@@ -13,7 +13,7 @@ from lightning_regdecay.groups.groups import NAMES_KEY, DecayGroups
 from lightning_regdecay.groups.matching import listed
 from lightning_regdecay.groups.parameters import ModelParameter, model_parameters
 from lightning_regdecay.groups.places import OUTSIDE, Finds, Places
-from lightning_regdecay.optim.decoupling import check_timescale, reads_option
+from lightning_regdecay.optim.decoupling import check_decoupled, reads_option
 from lightning_regdecay.optim.holders import innermost, refuse_numbered, shared_lists, with_held
 from lightning_regdecay.optim.layers import Layer, built_options, own_place
 from lightning_regdecay.optim.parting import Parting
@@ -21,6 +21,7 @@ from lightning_regdecay.optim.parts import Parted
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.rules import DecayRule
+from lightning_regdecay.rules.schedules import OF_LR_TIMES_LAMBDA
 from lightning_regdecay.rules.selectors import equal_options
 
 NO_WEIGHT_DECAY = "{optimizer} knows no weight decay, so decay rules cannot work with it; use one such as AdamW or SGD"
@@ -109,8 +110,9 @@ def _check_parts(family: list[Any], every: list[Parted], rooms: list[StepRoom], 
         check_decays(family)
     for parted in every:
         for part in parted.parts:
-            if part.place.schedule is not None and part.place.schedule.schedule == "timescale":
-                check_timescale(innermost(family, parted.group), parted.group, part.place.group)
+            schedule = part.place.schedule
+            if schedule is not None and schedule.schedule in OF_LR_TIMES_LAMBDA:
+                check_decoupled(innermost(family, parted.group), parted.group, part.place.group, schedule.schedule)
     has_factors = any(part.lr_mult is not None for parted in every for part in parted.parts)
     if is_cut or has_factors:  # without which `base_lrs` were noted
         known = [room.numbered for room in rooms if room.numbered is not None]

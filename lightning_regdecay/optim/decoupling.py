@@ -43,23 +43,25 @@ def _texts_in(code: CodeType) -> Iterator[tuple[Any, ...]]:
             yield constant
 
 
-def check_timescale(optimizer: Any, group: Mapping[str, Any], name: str) -> None:
-    """Raise where the weights of a group are no running average with the time scale 1 / (lr · λ).
+def check_decoupled(optimizer: Any, group: Mapping[str, Any], name: str, schedule: str) -> None:
+    """Raise where a step does not multiply the weights of a group by 1 - lr·λ beside the gradient step.
 
     Args:
         optimizer: the one that steps.
         group: its param group, with its options.
         name: what the group is called.
+        schedule: the schedule that goes by lr·λ, ``"timescale"`` or ``"per_step"``.
 
     Raises:
         ValueError: for an optimizer that is coupled, or not known to be decoupled.
     """
     decoupled = is_decoupled(optimizer, group)
     kind = type(optimizer).__name__
+    label = f"group {name!r} has a {'timescale' if schedule == 'timescale' else f'{schedule} schedule'}"
     if decoupled is None:
         raise ValueError(
-            f"group {name!r} has a timescale, and whether {kind} decouples weight decay from the gradient could not be "
-            "found out; give λ as a number"
+            f"{label}, and whether {kind} decouples weight decay from the gradient could not be found out; give λ as a "
+            "number"
         )
     if not decoupled:
         known = type(optimizer) in _COUPLED or "decoupled_weight_decay" in group
@@ -68,9 +70,14 @@ def check_timescale(optimizer: Any, group: Mapping[str, Any], name: str) -> None
             if known
             else "a step without a gradient does not multiply its weights by 1 - lr·λ, so"
         )
+        what = (
+            "the weights are no running average with the time scale 1/(lr·λ)"
+            if schedule == "timescale"
+            else "lr·λ is not the part of the weights that a step takes"
+        )
         raise ValueError(
-            f"group {name!r} has a timescale, which {kind} cannot have: {why} the weights are no running average with "
-            "the time scale 1/(lr·λ); use a decoupled optimizer such as AdamW, or give λ as a number"
+            f"{label}, which {kind} cannot have: {why} {what}; use a decoupled optimizer such as AdamW, or give λ as a "
+            "number"
         )
 
 

@@ -13,7 +13,7 @@ from lightning_regdecay.groups.groups import NAMES_KEY, DecayGroups, build_decay
 from lightning_regdecay.groups.parameters import without_wrappers
 from lightning_regdecay.groups.places import Places
 from lightning_regdecay.optim.checks import check_family, check_room, warn_of_strays
-from lightning_regdecay.optim.decoupling import check_timescale
+from lightning_regdecay.optim.decoupling import check_decoupled
 from lightning_regdecay.optim.holders import check_is_optimizer, families, innermost, unwrapped, with_held
 from lightning_regdecay.optim.layers import Layer, built_options, is_own
 from lightning_regdecay.optim.parting import Parting
@@ -24,7 +24,7 @@ from lightning_regdecay.optim.strengths import TELLS_NO_STEPS, lengths
 from lightning_regdecay.optim.telling import InForce, ParamGroupsInForce, told
 from lightning_regdecay.rules.crossing import RuleSet
 from lightning_regdecay.rules.forms import DecayRules, LrRules
-from lightning_regdecay.rules.schedules import schedule_of
+from lightning_regdecay.rules.schedules import OF_LR_TIMES_LAMBDA, schedule_of
 
 _rooms: Registry[StepRoom] = Registry()
 """The room of each optimizer. Rooms hold no optimizer, and no model."""
@@ -96,8 +96,9 @@ def schedule_weight_decay(
 
     Raises:
         TypeError: for what is no optimizer.
-        ValueError: where a schedule needs one of these and it is not given; for a ``timescale`` with an optimizer that
-            is coupled, or not known to be decoupled; for an lr of 0 at its peak. Nothing is changed then.
+        ValueError: where a schedule needs one of these and it is not given; for a ``timescale`` or ``per_step`` with an
+            optimizer that is coupled, or not known to be decoupled; for an lr of 0 at its peak. Nothing is changed
+            then.
 
     >>> import torch
     >>> from lightning_regdecay import DecaySchedule
@@ -119,8 +120,8 @@ def schedule_weight_decay(
     for plan in plans:
         for group in [group for member in plan.family for group in member.param_groups]:
             schedule = schedule_of(group)
-            if schedule is not None and schedule.schedule == "timescale":
-                check_timescale(innermost(plan.family, group), group, str(group.get("name")))
+            if schedule is not None and schedule.schedule in OF_LR_TIMES_LAMBDA:
+                check_decoupled(innermost(plan.family, group), group, str(group.get("name")), schedule.schedule)
 
     def follow(room: StepRoom, plan: _Plan) -> None:
         room.parting.strengths.give(given)

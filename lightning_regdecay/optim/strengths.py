@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.utilities import rank_zero_warn
 
 from lightning_regdecay.rules.scalars import positive_number
-from lightning_regdecay.rules.schedules import FIELDS, STEP_KEY, DecaySchedule
+from lightning_regdecay.rules.schedules import FIELDS, OF_LR_TIMES_LAMBDA, STEP_KEY, DecaySchedule
 
 Lengths = Mapping[str, float]
 
@@ -56,7 +56,9 @@ class Strengths:
         """
         delay = self._in_steps(name, schedule.delay_steps, schedule.delay_epochs) or 0
         length = self._in_steps(name, schedule.steps, schedule.epochs)
-        if length is None and "steps" in FIELDS[schedule.schedule]:
+        if schedule.fraction is not None:
+            length = max(round(schedule.fraction * self._length(name, "total_steps")), 1)
+        elif length is None and "steps" in FIELDS[schedule.schedule]:
             length = max(round(self._length(name, "total_steps")) - delay, 1)
         step = int(group.get(STEP_KEY, 0))
         if "peak_lr" not in FIELDS[schedule.schedule]:
@@ -71,9 +73,8 @@ class Strengths:
         if schedule.schedule == "follow_lr" and lr > peak:
             self._warn_of_higher_lr(name, lr, peak)
         # λ of follow_lr goes by a ratio, which has the factor above and below.
-        return schedule.value(
-            step, length=length, lr=lr, peak_lr=peak * lr_mult if schedule.schedule == "timescale" else peak
-        )
+        factor = lr_mult if schedule.schedule in OF_LR_TIMES_LAMBDA else 1.0
+        return schedule.value(step, length=length, lr=factor * lr, peak_lr=factor * peak)
 
     def _warn_of_higher_lr(self, name: str, lr: float, peak_lr: float) -> None:
         if name not in self._warned:

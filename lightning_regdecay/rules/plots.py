@@ -17,7 +17,7 @@ Lr: TypeAlias = float | Sequence[float] | Callable[[int], float]
 
 TIME = "time (optimizer steps)"
 WEIGHT_DECAY = "weight decay λ"
-_NEED_LR = ("follow_lr", "timescale")
+_NEED_LR = ("follow_lr", "per_step", "timescale")
 _MOST_POINTS = 2000
 
 
@@ -67,6 +67,8 @@ def schedule_values(schedule: Any, steps: int, lr: Lr | None, epochs: float | No
     steps_per_epoch = steps / (epochs or 1.0)
     delay = _in_steps(schedule.delay_steps, schedule.delay_epochs, steps_per_epoch) or 0
     length = _in_steps(schedule.steps, schedule.epochs, steps_per_epoch) or max(steps - delay, 1)
+    if schedule.fraction is not None:
+        length = max(round(schedule.fraction * steps), 1)
     lrs = [1.0] * steps if lr is None else _lrs(lr, steps)
     peak = schedule.peak_lr or max(lrs)
     if peak <= 0 and schedule.schedule in _NEED_LR:

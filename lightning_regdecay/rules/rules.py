@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.scalars import nonnegative_number
-from lightning_regdecay.rules.schedules import DecaySchedule
+from lightning_regdecay.rules.schedules import OF_LR_TIMES_LAMBDA, DecaySchedule
 from lightning_regdecay.rules.selectors import Rule, field_names
 
 OWN = "optimizer's"
@@ -71,8 +71,9 @@ class DecayRule(Rule):
                 f"exactly one of weight_decay and decay_mult must be given, got {given}; "
                 "write weight_decay=0.05, or decay_mult=0.5 for half the optimizer's own"
             )
-        if self.lr_mult == 0 and getattr(self.weight_decay, "schedule", None) == "timescale":
-            raise ValueError("a timescale is λ = 1 / (lr · T), which has no value at lr_mult=0; give λ as a number")
+        kind = getattr(self.weight_decay, "schedule", None)
+        if self.lr_mult == 0 and kind in OF_LR_TIMES_LAMBDA:
+            raise ValueError(f"a {kind} divides by the lr, which has no value at lr_mult=0; give λ as a number")
 
     @property
     def strength_text(self) -> str:

@@ -65,6 +65,14 @@ def positive_number(name: str, value: Any) -> float | None:
     return number
 
 
+def finite_number(name: str, value: Any) -> float | None:
+    """A number of any sign from a number or its text; None where it is not given."""
+    number = _number(name, value)
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return number
+
+
 def whole_number(name: str, value: Any, least: int) -> int | None:
     """A count from a number or its text; None where it is not given."""
     number = nonnegative_number(name, value)

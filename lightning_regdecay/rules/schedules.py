@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.plots import Lr, plot_schedule
-from lightning_regdecay.rules.scalars import nonnegative_number, positive_number, whole_number
+from lightning_regdecay.rules.scalars import finite_number, nonnegative_number, positive_number, whole_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Kind = Literal["constant", "linear", "cosine", "exponential", "follow_lr", "timescale"]
+Kind = Literal["constant", "linear", "cosine", "exponential", "follow_lr", "per_step", "timescale"]
 
 SCHEDULE_KEY = "decay_schedule"
 """Where a param group holds the fields of its schedule, as plain data."""
@@ -35,10 +35,15 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "linear": ("start", "end", *_LENGTHS, *_DELAYS),
     "cosine": ("start", "end", *_LENGTHS, *_DELAYS),
     "exponential": ("start", "end", *_LENGTHS, *_DELAYS),
-    "follow_lr": ("start", "peak_lr"),
-    "timescale": (*_LENGTHS, "peak_lr"),
+    "follow_lr": ("start", "power", "peak_lr"),
+    "per_step": ("start", "peak_lr"),
+    "timescale": (*_LENGTHS, "fraction", "peak_lr"),
 }
 """The fields of each kind of schedule."""
+OF_LR_TIMES_LAMBDA = frozenset({"per_step", "timescale"})
+"""Those that say what lr·λ is to be: for decoupled optimizers, and by the lr that is stepped with."""
+_LEAST_LR = 1e-3
+"""The part of its peak below which a schedule goes by an lr no further, as λ would grow without bound."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,13 +58,17 @@ class DecaySchedule:
     linear        λ = start + (end - start) · p
     cosine        λ = end + (start - end) · (1 + cos πp) / 2
     exponential   λ = start · (end / start)^p
-    follow_lr     λ = start · lr / peak lr, at most start
+    follow_lr     λ = start · (min(lr / peak lr, 1))^power; power is 1 if not given
+    per_step      λ = start / lr, for decoupled optimizers
     timescale     λ = 1 / (peak lr · T), for decoupled optimizers
     ============= ==========================================================
 
     ``follow_lr`` is the corrected weight decay of Defazio 2025, "Why Gradients Rapidly Increase Near the End of
-    Training", arXiv 2506.02285. With ``timescale``, the weights average the updates of about the last T steps (Wang &
-    Aitchison 2024, arXiv 2405.13698).
+    Training", arXiv 2506.02285, with power 1; with 0 λ is constant, with -1 lr·λ is. ``per_step`` says what that is to
+    be: the part of the weights that each step takes, whatever the lr does (independent weight decay: Wortsman et al.
+    2023, arXiv 2309.14322; for µP Kosson et al. 2025, arXiv 2510.19093). As λ would grow without bound where the lr
+    goes to 0, both go by no less than a thousandth of the peak lr; below that, lr·λ falls with the lr. With
+    ``timescale``, the weights average the updates of about the last T steps (Wang & Aitchison 2024, arXiv 2405.13698).
 
     Args:
         schedule: which of these it is.
@@ -67,6 +76,8 @@ class DecaySchedule:
         end: λ at the end.
         steps: T in optimizer steps.
         epochs: T in epochs instead, whole or not. With neither, the schedule ends with the run.
+        fraction: for ``timescale``, T as a part of the run instead (Bergsma et al. 2025, arXiv 2505.13738).
+        power: the power of ``follow_lr``, of any sign.
         delay_steps: D in optimizer steps.
         delay_epochs: D in epochs instead.
         peak_lr: the peak of the group's lr. By default the ``max_lr`` of the param group, which ``OneCycleLR`` sets,
@@ -91,6 +102,8 @@ class DecaySchedule:
     delay_steps: int | None = None
     delay_epochs: float | None = None
     peak_lr: float | None = None
+    fraction: float | None = None
+    power: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, str):
@@ -107,6 +120,8 @@ class DecaySchedule:
             "delay_steps": whole_number("delay_steps", self.delay_steps, least=0),
             "delay_epochs": nonnegative_number("delay_epochs", self.delay_epochs),
             "peak_lr": positive_number("peak_lr", self.peak_lr),
+            "fraction": positive_number("fraction", self.fraction),
+            "power": finite_number("power", self.power),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -118,8 +133,12 @@ class DecaySchedule:
         for pair in (_LENGTHS, _DELAYS):
             if all(checked[name] is not None for name in pair):
                 raise ValueError(f"{pair[0]} and {pair[1]} say the same thing twice: give one of them")
-        if self.schedule == "timescale" and self.steps is None and self.epochs is None:
-            raise ValueError("a timescale needs steps or epochs: the time over which updates are averaged")
+        if self.schedule == "timescale" and self.steps is None and self.epochs is None and self.fraction is None:
+            raise ValueError(
+                "a timescale needs steps, epochs or a fraction of the run: the time over which updates are averaged"
+            )
+        if self.fraction is not None and (self.steps is not None or self.epochs is not None):
+            raise ValueError("fraction, steps and epochs say the same thing: give one of them")
         if self.schedule == "exponential" and not (self.start and self.end):
             raise ValueError(
                 f"an exponential schedule goes between values above 0, got {self.start:g} and {self.end:g}; use linear "
@@ -140,9 +159,10 @@ class DecaySchedule:
         after = "".join(f" after {value:g} {unit}" for value, unit in delays)
         peak = f" at lr {self.peak_lr:g}" if self.peak_lr else ""
         if self.schedule == "timescale":
-            return f"timescale {lengths[0]}{peak}"
+            return f"timescale {lengths[0] if lengths else f'{self.fraction:g} of the run'}{peak}"
         if self.end is None:
-            return f"{self.schedule} {self.start:g}{peak}{after}"
+            power = "" if self.power is None else f" to the power {self.power:g} of the lr"
+            return f"{self.schedule} {self.start:g}{power}{peak}{after}"
         return f"{self.schedule} {self.start:g} to {self.end:g}{over}{after}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -163,8 +183,8 @@ class DecaySchedule:
             step: t, the optimizer steps done before it.
             length: T in optimizer steps, for schedules that have one.
             delay: D in optimizer steps.
-            lr: the group's lr at this step, for ``follow_lr``.
-            peak_lr: the peak of the group's lr, for ``follow_lr`` and ``timescale``.
+            lr: the group's lr at this step, for ``follow_lr`` and ``per_step``.
+            peak_lr: the peak of the group's lr, for these and ``timescale``.
 
         Returns:
             λ.
@@ -179,7 +199,11 @@ class DecaySchedule:
         if self.schedule == "constant":
             return start if step >= delay else 0.0
         if self.schedule == "follow_lr":
-            return start * min(lr / peak_lr, 1.0)
+            power = 1.0 if self.power is None else self.power
+            ratio = min(lr / peak_lr, 1.0)
+            return start * (ratio if power == 1.0 else max(ratio, _LEAST_LR if power < 0 else 0.0) ** power)
+        if self.schedule == "per_step":
+            return start / max(lr, _LEAST_LR * peak_lr)
         if length is None:
             raise ValueError(f"a {self.schedule} schedule needs length, the optimizer steps that it goes over")
         if self.schedule == "timescale":
@@ -218,7 +242,8 @@ class DecaySchedule:
 
 def scheduled_param_group(schedule: DecaySchedule) -> dict[str, Any]:
     """What a param group holds for a schedule: its fields, the steps done, and a λ until the first step sets it."""
-    return {"weight_decay": schedule.start or 0.0, SCHEDULE_KEY: schedule.as_dict(), STEP_KEY: 0}
+    first = 0.0 if schedule.schedule in OF_LR_TIMES_LAMBDA else schedule.start or 0.0
+    return {"weight_decay": first, SCHEDULE_KEY: schedule.as_dict(), STEP_KEY: 0}
 
 
 def schedule_of(param_group: Mapping[str, Any]) -> DecaySchedule | None:

@@ -21,6 +21,7 @@ from lightning_regdecay import (
     DecayRule,
     WeightDecayMixin,
     WeightDecayMonitor,
+    apply_decay_rules,
     build_decay_groups,
     schedule_weight_decay,
 )
@@ -163,7 +164,7 @@ class TestMistakes:
             ({**DINO, "epochs": 0}, "epochs must be above 0, got 0"),
             ({**DINO, "peak_lr": 0.1}, "a cosine schedule has no peak_lr; it has start, end, steps, epochs"),
             ({"schedule": "constant", "start": 0.1, "end": 0.2}, "a constant schedule has no end"),
-            ({"schedule": "timescale"}, "a timescale needs steps or epochs"),
+            ({"schedule": "timescale"}, "a timescale needs steps, epochs or a fraction"),
             ({"schedule": "exponential", "start": 0.1, "end": 0}, "goes between values above 0, got 0.1 and 0;"),
             ({**DINO, "stop": 0.4}, "unknown field 'stop' of a schedule; did you mean"),
             ({**DINO, "params": "a.*"}, "it goes beside weight_decay, not into it"),
@@ -647,3 +648,126 @@ def test_the_mixin_follows_a_schedule_in_every_group():
     trainer(callbacks=[monitor]).fit(Parts())
     assert [record["decay/head/weight_decay"] for record in monitor.history] == [4, 3, 2, 1]
     assert monitor.history[0]["decay/rest/weight_decay"] == 0.04
+
+
+class TestFreeOfTheLr:
+    """λ that goes by the lr of each step: against a loop by hand, in own optimizers and in those of others."""
+
+    LRS = [0.0, 0.05, 0.1, 0.1, 0.05, 0.01, 1e-5, 0.0]
+
+    def by_hand(self, strength_of):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 10)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        pixels, classes = digits(64)
+        for lr in self.LRS:
+            optimizer.param_groups[0].update(lr=lr, weight_decay=strength_of(lr))
+            self.step(model, optimizer, pixels, classes)
+        return model
+
+    def step(self, model, optimizer, pixels, classes):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(pixels), classes).backward()
+        optimizer.step()
+
+    def trained(self, schedule, own, state=None, stop=None):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 10)
+        if own:
+            groups = build_decay_groups(model, {"*": schedule})
+            optimizer = torch.optim.AdamW(groups.as_param_groups(), lr=0.1)
+            schedule_weight_decay(optimizer, total_steps=len(self.LRS))
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+            apply_decay_rules(optimizer, model, {"*": schedule}, total_steps=len(self.LRS))
+        pixels, classes = digits(64)
+        lrs = self.LRS
+        if state is not None:
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+            lrs = lrs[state[2] :]
+        for lr in lrs[:stop]:
+            optimizer.param_groups[0]["lr"] = lr
+            self.step(model, optimizer, pixels, classes)
+        return model, optimizer
+
+    SCHEDULES = {
+        "per_step": ({"start": 2e-3}, lambda lr: 2e-3 / max(lr, 1e-3 * 0.1)),
+        "follow_lr": ({"start": 0.4}, lambda lr: 0.4 * min(lr / 0.1, 1.0)),
+        "follow_lr squared": ({"start": 0.4, "power": 2}, lambda lr: 0.4 * min(lr / 0.1, 1.0) ** 2),
+        "follow_lr inverse": ({"start": 0.4, "power": "-1"}, lambda lr: 0.4 * max(min(lr / 0.1, 1.0), 1e-3) ** -1),
+        "follow_lr to the power 0": ({"start": 0.4, "power": 0}, lambda lr: 0.4),
+        "timescale": ({"fraction": 0.5}, lambda lr: 1 / (0.1 * 4)),
+    }
+
+    @pytest.mark.parametrize("own", [True, False], ids=["own", "theirs"])
+    @pytest.mark.parametrize("name", SCHEDULES)
+    def test_is_bit_for_bit_that_of_a_loop_by_hand(self, name, own):
+        fields, strength_of = self.SCHEDULES[name]
+        schedule = DecaySchedule(name.split()[0], **fields)
+        model, _ = self.trained(schedule, own)
+        assert all(map(torch.equal, model.parameters(), self.by_hand(strength_of).parameters()))
+
+    @pytest.mark.parametrize("own", [True, False], ids=["own", "theirs"])
+    @pytest.mark.parametrize("name", SCHEDULES)
+    def test_goes_on_from_a_checkpoint(self, name, own):
+        schedule = DecaySchedule(name.split()[0], **self.SCHEDULES[name][0])
+        whole, _ = self.trained(schedule, own)
+        half, optimizer = self.trained(schedule, own, stop=5)
+        state = copy.deepcopy((half.state_dict(), optimizer.state_dict(), 5))
+        resumed, _ = self.trained(schedule, own, state)
+        assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+
+    def test_a_step_takes_what_was_asked_for_whatever_the_lr(self):
+        model = torch.nn.Linear(4, 4, bias=False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        apply_decay_rules(optimizer, model, {"*": DecaySchedule("per_step", 0.01)})
+        for lr in (0.1, 0.01, 2e-3):
+            optimizer.param_groups[0]["lr"] = lr
+            before = model.weight.detach().clone()
+            model.weight.grad = torch.zeros(4, 4)
+            optimizer.step()
+            assert torch.allclose(model.weight, 0.99 * before, rtol=1e-6)
+
+    def test_a_factor_on_the_lr_leaves_it_as_it_is(self):
+        model = torch.nn.Linear(4, 4, bias=False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        rule = DecayRule(DecaySchedule("per_step", 0.01), lr_mult=0.25)
+        apply_decay_rules(optimizer, model, {"*": rule})
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.zeros(4, 4)
+        optimizer.step()
+        assert torch.allclose(model.weight, 0.99 * before, rtol=1e-6)
+
+    @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+    def test_coupled_optimizers_are_refused(self, kind):
+        model = torch.nn.Linear(4, 4)
+        with pytest.raises(ValueError, match=r"has a per_step schedule, which .* coupled.*lr·λ is not the part"):
+            apply_decay_rules(kind(model.parameters(), lr=0.1), model, {"*": DecaySchedule("per_step", 0.01)})
+
+    @pytest.mark.parametrize(
+        ("fields", "error", "message"),
+        [
+            ({"schedule": "per_step"}, ValueError, "a per_step schedule needs start"),
+            ({"schedule": "per_step", "start": -1}, ValueError, "start must be a finite number of at least 0"),
+            ({"schedule": "per_step", "start": 0.1, "power": 2}, TypeError, "a per_step schedule has no power"),
+            ({"schedule": "follow_lr", "start": 0.1, "power": "x"}, ValueError, "power must be a number"),
+            ({"schedule": "follow_lr", "start": 0.1, "power": float("inf")}, ValueError, "power must be a finite"),
+            ({"schedule": "timescale", "fraction": 0}, ValueError, "fraction must be above 0"),
+            ({"schedule": "timescale", "fraction": 0.5, "steps": 3}, ValueError, "say the same thing: give one"),
+            ({"schedule": "timescale"}, ValueError, "needs steps, epochs or a fraction of the run"),
+            (
+                {"schedule": "linear", "start": 1, "end": 0, "fraction": 0.5},
+                TypeError,
+                "a linear schedule has no fraction",
+            ),
+        ],
+    )
+    def test_mistakes_are_told(self, fields, error, message):
+        with pytest.raises(error, match=message):
+            DecaySchedule(**fields)
+
+    def test_texts(self):
+        assert DecaySchedule("per_step", 1e-4).text == "per_step 0.0001"
+        assert DecaySchedule("follow_lr", 0.1, power=-1).text == "follow_lr 0.1 to the power -1 of the lr"
+        assert DecaySchedule("timescale", fraction=0.5).text == "timescale 0.5 of the run"

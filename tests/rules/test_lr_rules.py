@@ -75,9 +75,9 @@ class TestForms:
 
     def test_a_timescale_without_lr_is_told(self):
         timescale = DecaySchedule("timescale", steps=10)
-        with pytest.raises(ValueError, match="has no value at lr_mult=0"):
+        with pytest.raises(ValueError, match="a timescale divides by the lr, which has no value at lr_mult=0"):
             DecayRule(timescale, lr_mult=0.0)
-        with pytest.raises(ValueError, match="have parameters in common: a timescale"):
+        with pytest.raises(ValueError, match="have parameters in common: a timescale divides by the lr"):
             build_decay_groups(Net(), {"*": timescale}, lr_rules={"head.*": {"lr_mult": 0}})
 
 
