@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
@@ -98,6 +99,10 @@ class WeightDecayMonitor(AnyCallback):
         self._steps_seen = 0
         self._steps_a_batch = 1
         self._measurer = Measurer(self.figures)
+        self._fit: object = None
+        """Stands for the fit under way."""
+        self._first_step: int | None = None
+        self._published: set[str] = set()
         self._is_restored = self._evaluates = False
         self._trainer: weakref.ref[Trainer] | None = None  # of the run that the history is of
 
@@ -108,13 +113,15 @@ class WeightDecayMonitor(AnyCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """The history, as plain data."""
-        return {"history": [dict(record) for record in self.history], **self._thinning.state()}
+        history = [dict(record) for record in self.history]
+        return {"history": history, **self._thinning.state(), **self._exposure.state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the history of a checkpoint, unless it is loaded to be validated or tested."""
         if not self._evaluates:
             self.history = [dict(record) for record in state_dict["history"]]
             self._thinning.load(state_dict, self.history)
+            self._exposure.load(state_dict)
             self._is_restored = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -129,16 +136,20 @@ class WeightDecayMonitor(AnyCallback):
         """Start the history anew unless the run goes on from a checkpoint, and print the table of the groups."""
         goes_on = self._is_restored or (self._trainer is not None and self._trainer() is trainer)
         if trainer.global_step == 0 or not goes_on:
-            self.history, self._thinning = [], Thinning()
-        self._exposure, self._has_layout = Exposure(trainer.global_step), False
+            self.history, self._thinning, self._exposure = [], Thinning(), Exposure()
+        self._has_layout, self._first_step = False, trainer.global_step
         self._is_restored, self._trainer = False, weakref.ref(trainer)
         self._steps_seen = trainer.global_step
         self._measurer.let_go()  # of a fit that failed
+        self._fit = object()
+        self._steps_a_batch = 1 if pl_module.automatic_optimization else (self.every_n_steps or 1)
         remember_flattened(pl_module if trainer.strategy.model is None else trainer.strategy.model)
         self._measurer.begin({name: p.parameter for p in model_parameters(pl_module) for name in p.names})
         for optimizer in trainer.optimizers:
             refresh(optimizer)
         self._watch(trainer)
+        groups = dict(live_groups(trainer.optimizers))
+        self._exposure.begin(trainer.global_step, {name: live.rate for name, live in groups.items()})
         # Not in on_fit_start, where a resumed run does not hold the λ and lr of its checkpoint yet.
         if self.summary in (True, "start", "both") and trainer.is_global_zero:
             Table(TABLE_HEADER, self._table_rows(trainer)).print()
@@ -151,23 +162,33 @@ class WeightDecayMonitor(AnyCallback):
                 "DeepSpeed's engine steps past the optimizer, so nobody can look on: leave out the figures "
                 + ", ".join(asked)
             )
-        # By hand there may be any number, which the batches before tell.
-        by_hand = not trainer.lightning_module.automatic_optimization
-        self._steps_a_batch = (self.every_n_steps or 1) if by_hand else 1
-        reference = weakref.ref(trainer)
-        self._measurer.watch(lambda: [] if (run := reference()) is None else run.optimizers)
+        reference, fit = weakref.ref(trainer), self._fit
+
+        def is_over() -> bool:
+            run = reference()
+            return run is None or run.state.stopped or self._fit is not fit
+
+        self._measurer.watch(lambda: [] if (run := reference()) is None else run.optimizers, is_over)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Look on at the steps of this batch, should they be logged."""
+        if not self._measurer.of_a_step:
+            return
+        self._watch(trainer)
         n, after = self.every_n_steps, trainer.global_step + self._steps_a_batch
         is_due = n is not None and after // n > trainer.global_step // n
-        self._measurer.start_batch(is_due or trainer.is_last_batch or 0 < trainer.max_steps <= after)
+        is_last = trainer.is_last_batch or 0 < trainer.max_steps <= after
+        every = trainer.val_check_batch
+        is_validated = trainer.enable_validation and every is not None and (batch_idx + 1) % every == 0
+        # By hand, optimizers may step in some batches only: then it is their last step that is logged.
+        self._measurer.start_batch(is_due or is_last or is_validated, pl_module.automatic_optimization)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the end of an epoch, and every ``every_n_steps`` optimizer steps."""
-        self._steps_a_batch = max(trainer.global_step - self._steps_seen, 1)
+        steps = trainer.global_step - self._steps_seen
+        self._steps_a_batch = max(steps, 1 if pl_module.automatic_optimization else self._steps_a_batch)
         step_is_due = self._step_is_due(trainer)
         # The last batch stands for the epoch: validation, which follows, and callbacks that monitor find fresh figures.
         if step_is_due or trainer.is_last_batch:
@@ -186,9 +207,19 @@ class WeightDecayMonitor(AnyCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table of the end, and let go of the model."""
-        if self.summary in ("end", "both") and self.history and trainer.is_global_zero:
-            end_table(self.history, self.prefix, self._exposure).print()
+        if self.history and self._first_step not in (None, trainer.global_step) and trainer.is_global_zero:
+            self._tell_of_the_end(trainer)
+        self._first_step = None
         self._let_go()
+
+    def _tell_of_the_end(self, trainer: Trainer) -> None:
+        for name in self._measurer.of_a_step:
+            if not any(key.endswith(f"/{name}") for record in self.history for key in record):
+                rank_zero_warn(f"no step was logged that {name} could be taken of, or it applies to no group")
+        if self.summary in ("end", "both"):
+            groups = dict(live_groups(trainer.optimizers))
+            decoupled = {name for name, live in groups.items() if self._measurer.is_decoupled(live)}
+            end_table(self.history, self.prefix, self._exposure, decoupled).print()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the model."""
@@ -197,12 +228,13 @@ class WeightDecayMonitor(AnyCallback):
 
     def _let_go(self) -> None:
         self._measurer.let_go()
+        self._fit = None
         let_go_of_model(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and other processes: what is of the fit under way stays here."""
         own = {name: value for name, value in vars(self).items() if name not in OF_THE_MODEL}
-        return {**own, "_trainer": None}
+        return {**own, "_trainer": None, "_fit": None}
 
     @property
     def largest(self) -> dict[str, str]:
@@ -307,6 +339,9 @@ class WeightDecayMonitor(AnyCallback):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's MPS does not have
         values = torch.tensor(list(metrics.values()), dtype=dtype, device=device).unbind()
         tensors = dict(zip(metrics, values))
+        for key in self._published - metrics.keys():  # which have no value any more
+            trainer.callback_metrics.pop(key, None)
+        self._published = set(metrics)
         trainer.callback_metrics.update(tensors)
         if trainer.loggers:
             trainer.logged_metrics.update(tensors)
@@ -328,11 +363,15 @@ class WeightDecayMonitor(AnyCallback):
         """One chart for each figure with all groups in it, in TensorBoard's custom scalars."""
         if self._has_layout:
             return
-        self._has_layout = True
-        charts = {name: ["Multiline", [f"^{re.escape(self.prefix)}/.*/{name}$"]] for name in self.figures}
+        # TensorBoard keeps one layout for a run, so it has that of all monitors.
+        monitors = [one for one in trainer.callbacks if isinstance(one, WeightDecayMonitor)]  # type: ignore[attr-defined]
+        layout = {}
+        for one in monitors:
+            one._has_layout = True
+            layout[one.prefix] = {name: ["Multiline", [f"^{re.escape(one.prefix)}/.*/{name}$"]] for name in one.figures}
         for logger in trainer.loggers:
             if any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__):
-                logger.experiment.add_custom_scalars({self.prefix: charts})  # type: ignore[attr-defined]
+                logger.experiment.add_custom_scalars(layout)  # type: ignore[attr-defined]
 
     def _metrics(self, trainer: Trainer) -> dict[str, float]:
         """The logged values of this moment by key."""
@@ -378,9 +417,8 @@ def _keys(name: str, value: Any) -> Any:
     """A switch, a key or a list of keys."""
     if isinstance(value, str) and (value == "total" or "/" in value):
         return value
-    if isinstance(value, (list, tuple, set)) and all(isinstance(key, str) for key in value):
-        return tuple(value)
-    return true_or_false(name, value)
+    keys = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else (None,)
+    return keys if all(isinstance(key, str) for key in keys) else true_or_false(name, value)
 
 
 def _cell_of_strength(live: Live) -> str:

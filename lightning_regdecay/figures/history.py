@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from lightning_regdecay.groups.tables import Table
@@ -63,29 +63,43 @@ def rows(records: Iterable[Record], prefix: str) -> list[dict[str, Any]]:
 
 
 class Exposure:
-    """How much decay reached each group of a run: the sum of lr·λ over its steps, as far as events tell.
+    """How much decay reached each group of a run: the sum of lr·λ over its steps, by the trapezoids between events."""
 
-    Args:
-        step: the steps that were done before.
-    """
-
-    def __init__(self, step: int = 0) -> None:
+    def __init__(self) -> None:
         self.total: dict[str, float] = {}
         self.highest: dict[str, float] = {}
-        self._last_step = step
+        self._step = 0
+        self._rates: Mapping[str, float] = {}
+
+    def begin(self, step: int, rates: Mapping[str, float]) -> None:
+        """Note lr·λ of each group before the first step of a fit."""
+        self._step, self._rates = step, rates
 
     def add(self, step: int, rates: Mapping[str, float]) -> None:
-        """Note lr·λ of each group, for the steps since the last event."""
+        """Note lr·λ of each group at an event."""
         for name, rate in rates.items():
-            self.total[name] = self.total.get(name, 0.0) + rate * (step - self._last_step)
-            self.highest[name] = max(self.highest.get(name, 0.0), rate)
-        self._last_step = step
+            before = self._rates.get(name, rate)
+            self.total[name] = self.total.get(name, 0.0) + (before + rate) / 2 * (step - self._step)
+            self.highest[name] = max(self.highest.get(name, 0.0), before, rate)
+        self._step, self._rates = step, rates
 
-    def remark(self, name: str) -> str:
+    def state(self) -> dict[str, dict[str, float]]:
+        """As plain data."""
+        return {"total": dict(self.total), "highest": dict(self.highest)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up a state, of a checkpoint that may have none."""
+        self.total, self.highest = dict(state.get("total", {})), dict(state.get("highest", {}))
+
+    def remark(self, name: str, is_decoupled: bool) -> str:
         """What is worth a sentence of the decay of a group, empty where nothing is."""
-        total, highest = self.total.get(name, 0.0), self.highest.get(name, 0.0)
+        if name not in self.total:
+            return ""
+        total, highest = self.total[name], self.highest[name]
         if not highest:
             return "no decay reached it"
+        if not is_decoupled:
+            return ""
         half_life = math.log(2) / highest
         if half_life < _SOON:
             return f"decay alone halves it in {max(round(half_life), 1)} steps"
@@ -94,21 +108,32 @@ class Exposure:
         return ""
 
 
-def end_table(records: list[Record], prefix: str, exposure: Exposure) -> Table:
-    """The first and the last norm of each group, and what is off, from the events of a run."""
+def end_table(records: list[Record], prefix: str, exposure: Exposure, decoupled: Container[str]) -> Table:
+    """The first and the last norm of each group, and what is off, from the events of a run.
+
+    Args:
+        records: the events.
+        prefix: the first part of the keys.
+        exposure: the decay that reached the groups.
+        decoupled: the groups whose weights decay beside the gradient step.
+    """
     by_group: dict[str, list[dict[str, Any]]] = {}
     for row in rows(records, prefix):
         if row["group"] != "total":
             by_group.setdefault(row["group"], []).append(row)
     cells = []
     for name, events in by_group.items():
-        bad = next((event["step"] for event in events if not math.isfinite(event.get("l2_norm", 0.0))), None)
-        remark = f"NaN or infinity since step {bad}" if bad is not None else exposure.remark(name)
+        bad = next((event["step"] for event in events if not _is_finite(event)), None)
+        remark = exposure.remark(name, name in decoupled) if bad is None else f"NaN or infinity since step {bad}"
         at_rest = events[-1].get("equilibrium")
         first, last = (_cell(event.get("l2_norm")) for event in (events[0], events[-1]))
         cells.append([name, first, last, _cell(at_rest), remark])
     header = ("group", "first norm", "last norm", "rms / at rest", "remark")
     return Table(header, cells, left=1, has_total=False, title="Weight decay in this run", text_at_end=True)
+
+
+def _is_finite(event: Mapping[str, Any]) -> bool:
+    return all(math.isfinite(value) for value in event.values() if isinstance(value, float))
 
 
 def _cell(value: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_regdecay.rules.names import hint
 
@@ -13,8 +14,8 @@ FIGURES = {
     "penalty": "½·λ·‖w‖₂² (unit of the loss)",
     "weight_decay": "λ, as the optimizer holds it",
     "rms": "‖w‖₂/√n (unit of the weights), to compare groups and models of any size",
-    "decay_per_step": "lr·λ: the part of the weights that a step takes, or coupled the pull of λ·w at momentum 0",
-    "half_life": "ln 2/(lr·λ) in steps: without gradients, weights would be half as large after it",
+    "decay_per_step": "lr·λ now: the part of the weights that a step takes, or coupled the pull of λ·w at momentum 0",
+    "half_life": "ln 2/(lr·λ) in steps, for decoupled optimizers: weights without gradients are halved in it",
     "equilibrium": "rms/√(lr/(2·λ)): 1 is where the norms of Adam-like decoupled optimizers come to rest",
     "grad_norm": "‖g‖₂ of the gradients that the step goes by, after clipping (unit of loss per weight)",
     "update_ratio": "‖Δw‖₂/‖w‖₂ of the step",
@@ -87,18 +88,20 @@ def chosen(figures: str | Iterable[str] | None) -> tuple[str, ...]:
     """
     if figures is None:
         return DEFAULT
-    names = (figures,) if isinstance(figures, str) else figures
-    if not isinstance(names, Iterable) or isinstance(names, Mapping) or not all(isinstance(n, str) for n in names):
+    names: Any = (figures,) if isinstance(figures, str) else figures
+    if isinstance(names, Iterable) and not isinstance(names, Mapping):
+        names = tuple(names)
+    if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"figures must be names of figures, or 'all', got {figures!r}; known are {', '.join(FIGURES)}")
-    names = tuple(dict.fromkeys(names))
-    if _ALL in names:
+    found: tuple[str, ...] = tuple(dict.fromkeys(names))
+    if _ALL in found:
         return tuple(FIGURES)
-    for name in names:
+    for name in found:
         if name not in FIGURES:
             raise ValueError(f"unknown figure {name!r}; {hint(name, FIGURES)}")
-    if not names:
+    if not found:
         raise ValueError(f"figures is empty; known are {', '.join(FIGURES)}")
-    return names
+    return found
 
 
 def figure(name: str, of: Measured) -> float | str | None:
@@ -134,18 +137,18 @@ def figure(name: str, of: Measured) -> float | str | None:
         return "the optimizer has no lr"
     if name == "decay_per_step":
         return per_step
-    if name == "half_life":
-        return math.log(2) / per_step if per_step else None
     if of.is_decoupled is None:
         return "whether the optimizer decouples weight decay from the gradient could not be found out"
     if not of.is_decoupled:
-        return "the optimizer is coupled: λ·w goes through the same moments as the gradient"
+        return "a step without a gradient does not multiply weights by 1 - lr·λ: λ is coupled, or decays in another way"
+    if name == "half_life":
+        return math.log(2) / per_step if per_step > 0 else None
     if name == "decay_share":
         known = of.update and of.before is not None and of.decay_of_step is not None
         return of.decay_of_step * of.before / of.update if known else None  # type: ignore[operator]
     if not of.is_adam_like:
         return "the optimizer is not like Adam, of which alone it is known where norms come to rest"
-    if not per_step:
+    if not per_step > 0:
         return None
     if name == "equilibrium":
         return of.rms / math.sqrt(float(of.lr or 0.0) / (2 * of.weight_decay))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ from lightning_regdecay.rules.names import safe_name, unique_name
 _WHOLE = "whole"
 """In the place of the number of a tensor, a whole group."""
 _NEEDS_SIZES = {"rms", "equilibrium", "largest"}
-_NEEDS_KIND = {"equilibrium", "decay_share", "equilibrium_angle"}
+_NEEDS_KIND = {"half_life", "equilibrium", "decay_share", "equilibrium_angle"}
+_ADAM = {"Adam", "AdamW", "NAdam", "RAdam", "AdamW8bit", "PagedAdamW8bit", "FusedAdam", "DeepSpeedCPUAdam"}
+"""Optimizers, and classes over them, that are known to come to rest as the source has it."""
 
 
 class Measurer:
@@ -40,6 +43,8 @@ class Measurer:
         self._parameters: Mapping[str, torch.nn.Parameter] = {}
         self._watcher: StepWatcher | None = None
         self._end_watch: Callable[[], None] | None = None
+        self._watched: list[weakref.ref[Any]] = []
+        self._kinds: dict[Any, bool | None] = {}
 
     def begin(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Begin a run.
@@ -55,10 +60,11 @@ class Measurer:
         if self._end_watch is not None:
             self._end_watch()
         self._parameters, self._l2_norm, self._watcher, self._end_watch = {}, None, None, None
+        self._watched, self._kinds = [], {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and other processes: what is of the run under way stays here."""
-        here = {"_l2_norm": None, "_watcher": None, "_end_watch": None}
+        here: dict[str, Any] = {"_l2_norm": None, "_watcher": None, "_end_watch": None, "_watched": [], "_kinds": {}}
         return {**vars(self), "_parameters": {}, **here}
 
     # Steps.
@@ -68,14 +74,19 @@ class Measurer:
         """The figures for which somebody must look on while the optimizers step."""
         return [name for name in self.figures if name in OF_A_STEP]
 
-    def watch(self, optimizers: Callable[[], Iterable[Any]]) -> None:
+    def watch(self, optimizers: Callable[[], Iterable[Any]], is_over: Callable[[], bool]) -> None:
         """Look on while the optimizers step, where a figure asks for it.
 
         Args:
             optimizers: tells the optimizers.
+            is_over: tells whether the run is over.
         """
-        if not self.of_a_step:
+        now = [weakref.ref(unwrapped(optimizer)) for optimizer in optimizers()]
+        if not self.of_a_step or now == self._watched:
             return
+        if self._end_watch is not None:  # of optimizers that others have taken the place of
+            self._end_watch()
+        self._watched = now
 
         def groups_of(optimizer: Any) -> dict[str, dict[str, Any]]:
             steps = {id(one) for one in with_held(optimizer)}
@@ -86,13 +97,14 @@ class Measurer:
             }
 
         updates = not OF_AN_UPDATE.isdisjoint(self.figures)
-        self._watcher = StepWatcher(groups_of, gradients="grad_norm" in self.figures, updates=updates)
-        self._end_watch = watch(optimizers(), self._watcher)
+        gradients = "grad_norm" in self.figures
+        self._watcher = StepWatcher(groups_of, gradients=gradients, updates=updates, is_over=is_over)
+        self._end_watch = watch(optimizers(), self._watcher, is_over)
 
-    def start_batch(self, is_due: bool) -> None:
-        """Forget the steps before; look on at those that come, should they be due."""
+    def start_batch(self, is_due: bool, forget: bool) -> None:
+        """Look on at the steps of a batch, or not; see :meth:`StepWatcher.start_batch`."""
         if self._watcher is not None:
-            self._watcher.start_batch(is_due)
+            self._watcher.start_batch(is_due, forget)
 
     # Events.
 
@@ -100,7 +112,7 @@ class Measurer:
         """The figures of each group, by its name, as far as they have a value."""
         groups = dict(live_groups(optimizers))
         members = {name: self._measurable(name, live) for name, live in groups.items()}
-        norms = self._norms(members, {} if self._watcher is None else self._watcher.take())
+        norms = self._norms(members, {} if self._watcher is None else self._watcher.sums)
         found: dict[str, dict[str, float]] = {}
         for name, live in groups.items():
             measured = self._measured(name, live, members[name], norms)
@@ -148,16 +160,16 @@ class Measurer:
         self, name: str, live: Live, members: list[torch.Tensor], norms: Mapping[tuple[str, Any], float]
     ) -> Measured:
         """What was measured of a group."""
-        group, optimizer = live.group, innermost([unwrapped(live.optimizer)])
-        known = _Kind.of(optimizer, group) if _NEEDS_KIND.intersection(self.figures) else _Kind(None, False, None)
+        group = live.group
+        known = self._kind(live) if _NEEDS_KIND.intersection(self.figures) else _Kind(None, False, None)
         sizes = [numel_of([tensor]) for tensor in members] if _NEEDS_SIZES.intersection(self.figures) else []
         largest = None
         if "largest" in self.figures and members:
             every = [norms[name, number] / math.sqrt(size or 1) for number, size in enumerate(sizes)]
-            number = max(range(len(every)), key=every.__getitem__)
+            number = max(range(len(every)), key=lambda n: math.inf if math.isnan(every[n]) else every[n])
             largest = every[number]
-            names = group["param_names"]
-            self.largest[name] = names[number] if len(names) == len(members) else str(number)
+            own = next((known for known, p in self._parameters.items() if p is members[number]), "")
+            self.largest[name] = own or str(number)
         return Measured(
             norm=norms[name, _WHOLE],
             numel=sum(sizes),
@@ -172,6 +184,23 @@ class Measurer:
             decay_of_step=None if self._watcher is None else self._watcher.decay.get(name),
             largest=largest,
         )
+
+    def is_decoupled(self, live: Live) -> bool | None:
+        """Whether a step multiplies the weights of a group by 1 - lr·λ beside the gradient step."""
+        optimizer = innermost(with_held(unwrapped(live.optimizer)))
+        if type(optimizer) is torch.optim.SGD and not live.group.get("momentum"):
+            return True  # the same as beside it
+        key = type(optimizer), live.group.get("decoupled_weight_decay")
+        if key not in self._kinds:
+            self._kinds[key] = is_decoupled(optimizer, live.group)
+        return self._kinds[key]
+
+    def _kind(self, live: Live) -> _Kind:
+        group, optimizer = live.group, innermost(with_held(unwrapped(live.optimizer)))
+        betas = group.get("betas")
+        beta = float(betas[0]) if isinstance(betas, (list, tuple)) and betas else None
+        names = {cls.__name__ for cls in type(optimizer).__mro__}
+        return _Kind(self.is_decoupled(live), beta is not None and not _ADAM.isdisjoint(names), beta)
 
     def _say_once(self, line: str) -> None:
         if line not in self._told:
@@ -215,14 +244,6 @@ class _Kind(NamedTuple):
     is_adam_like: bool
     beta: float | None
 
-    @staticmethod
-    def of(optimizer: Any, group: Mapping[str, Any]) -> _Kind:
-        """As far as it can be found out."""
-        state = optimizer.state.get(group["params"][0], {}) if group["params"] else {}
-        betas = group.get("betas")
-        beta = float(betas[0]) if isinstance(betas, (list, tuple)) and betas else None
-        return _Kind(is_decoupled(optimizer, group), "exp_avg_sq" in state and beta is not None, beta)
-
 
 class Live(NamedTuple):
     """A param group as its optimizer steps over it."""
@@ -240,7 +261,9 @@ class Live(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """lr·λ at this moment."""
+        """lr·λ at this moment, 0 where nothing trains."""
+        if not any(parameter.requires_grad for parameter in self.group["params"]):
+            return 0.0
         return float(self.group.get("lr") or 0.0) * self.weight_decay
 
 

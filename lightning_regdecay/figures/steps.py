@@ -25,56 +25,84 @@ class StepWatcher:
         groups_of: tells the param groups of an optimizer as it steps over them, by their names.
         gradients: whether gradients are asked for.
         updates: whether updates are.
+        is_over: tells whether the fit is over.
     """
 
     def __init__(
-        self, groups_of: Callable[[Any], Mapping[str, Mapping[str, Any]]], *, gradients: bool, updates: bool
+        self,
+        groups_of: Callable[[Any], Mapping[str, Mapping[str, Any]]],
+        *,
+        gradients: bool,
+        updates: bool,
+        is_over: Callable[[], bool] = lambda: False,
     ) -> None:
         self.is_due = False
         """Whether the steps of this batch are to be looked at."""
         self._groups_of, self._gradients, self._updates = groups_of, gradients, updates
+        self._is_over = is_over
         self.decay: dict[str, float] = {}
         """lr·λ of the last step of each group."""
         self._sums: dict[tuple[str, str], LocalSums] = {}
         self._held: dict[str, list[tuple[Tensor, Part]]] = {}
 
-    def start_batch(self, is_due: bool) -> None:
-        """Forget what was seen."""
-        self.is_due = is_due
-        self._sums, self._held, self.decay = {}, {}, {}
+    def start_batch(self, is_due: bool, forget: bool) -> None:
+        """Look on at the steps of a batch, or not.
 
-    def take(self) -> dict[tuple[str, str], LocalSums]:
-        """The sums of the last step of each group since the batch began, by group and kind."""
-        sums, self._sums = self._sums, {}
-        return sums
+        Args:
+            is_due: whether they are to be logged.
+            forget: what was seen of steps before.
+        """
+        self.is_due, self._held = is_due, {}
+        if forget:
+            self._sums, self.decay = {}, {}
+
+    @property
+    def sums(self) -> dict[tuple[str, str], LocalSums]:
+        """Of the last step of each group that was looked at, by group and kind."""
+        return dict(self._sums)
+
+    @torch.no_grad()
+    def begin(self, optimizer: Any) -> None:
+        """The step of an optimizer around others begins."""
+        if self.is_due and self._updates and not self._is_over():
+            self._keep(self._groups_of(optimizer))
 
     @torch.no_grad()
     def before(self, optimizer: Any) -> None:
         """The gradients are there."""
-        self._held = {}
-        if not self.is_due:
+        if not self.is_due or self._is_over():
+            self._held = {}
             return
+        groups = self._groups_of(optimizer)
         scale = getattr(optimizer, "grad_scale", None)  # of GradScaler, where a fused optimizer divides by it
+        by_scale = 1.0 if scale is None else float(scale) ** -2 if float(scale) else None
         gradients: dict[str, list[Part]] = {}
-        weights: dict[str, list[Part]] = {}
-        for name, group in self._groups_of(optimizer).items():
-            gradients[name], weights[name], self._held[name] = [], [], []
+        for name, group in groups.items():
             self.decay[name] = float(group.get("lr") or 0.0) * float(group.get("weight_decay") or 0.0)
-            for tensor in group["params"]:
-                part, shards = local_part(tensor)
-                if tensor.grad is not None and is_measurable(tensor.grad):
-                    gradients[name].append(Part(_local(tensor.grad), shards))
-                if self._updates and part.layout == torch.strided:
-                    kept = part.to(torch.float32) if part.dtype in _HALF else part.clone()
-                    weights[name].append(Part(kept, shards))
-                    self._held[name].append((tensor, weights[name][-1]))
-        if self._gradients:
-            by_scale = 1.0 if scale is None else float(scale) ** -2
+            gradients[name] = [
+                Part(_local(tensor.grad), local_part(tensor)[1])
+                for tensor in group["params"]
+                if tensor.grad is not None and is_measurable(tensor.grad)
+            ]
+        if self._gradients and by_scale is not None:
             for name, sums in local_sums(gradients).items():
                 scaled = LocalSums(by_scale * sums.whole, by_scale * sums.sharded, sums.device)
                 self._sums[name, GRADIENT] = scaled
-        if self._updates:
-            self._sums.update({(name, BEFORE): sums for name, sums in local_sums(weights).items()})
+        if self._updates and not self._held:
+            self._keep(groups)
+
+    def _keep(self, groups: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep the weights before the step, and measure them."""
+        self._held = {}
+        for name, group in groups.items():
+            self._held[name] = []
+            for tensor in group["params"]:
+                part, shards = local_part(tensor)
+                if part.layout == torch.strided:
+                    kept = part.to(torch.float32) if part.dtype in _HALF else part.clone()
+                    self._held[name].append((tensor, Part(kept, shards)))
+        kept_parts = {name: [part for _, part in members] for name, members in self._held.items()}
+        self._sums.update({(name, BEFORE): sums for name, sums in local_sums(kept_parts).items()})
 
     @torch.no_grad()
     def after(self, optimizer: Any) -> None:

@@ -91,14 +91,20 @@ def is_decoupled(optimizer: Any, group: Mapping[str, Any]) -> bool | None:
     lr, decay = 0.125, 0.25
     options = {name: value for name, value in group.items() if name in optimizer.defaults}
     try:
-        weight = torch.nn.Parameter(torch.ones(2, 2))
-        twin = type(optimizer)([{**options, "params": [weight], "lr": lr, "weight_decay": decay}], lr=lr)
-        # What is no option of a param group, such as `weight_decouple` of adabelief-pytorch (0.2).
-        kept = {name: value for name, value in vars(optimizer).items() if isinstance(value, (bool, int, float, str))}
-        vars(twin).update({name: value for name, value in kept.items() if name in vars(twin)})
-        for _ in range(2):
-            weight.grad = torch.zeros_like(weight)
-            twin.step()
+        with torch.random.fork_rng(devices=[]):  # as some draw numbers in a step, which are the training's
+            return _shrinks(optimizer, options, lr, decay)
     except Exception:  # of whatever kind the optimizer of others raises
         return None
+
+
+def _shrinks(optimizer: Any, options: dict[str, Any], lr: float, decay: float) -> bool:
+    """Whether two steps of an optimizer like this one, without a gradient, multiply a weight by 1 - lr·λ each."""
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    twin = type(optimizer)([{**options, "params": [weight], "lr": lr, "weight_decay": decay}], lr=lr)
+    # What is no option of a param group, such as `weight_decouple` of adabelief-pytorch (0.2).
+    kept = {name: value for name, value in vars(optimizer).items() if isinstance(value, (bool, int, float, str))}
+    vars(twin).update({name: value for name, value in kept.items() if name in vars(twin)})
+    for _ in range(2):
+        weight.grad = torch.zeros_like(weight)
+        twin.step()
     return torch.allclose(weight, torch.full_like(weight, (1 - lr * decay) ** 2), rtol=1e-6)

@@ -153,30 +153,34 @@ def groups_in_force(optimizer: Any) -> list[dict[str, Any]]:
     return ParamGroupsInForce(in_force(optimizer))
 
 
-def watch(optimizers: Iterable[Any], watcher: Watcher) -> Callable[[], None]:
+def watch(optimizers: Iterable[Any], watcher: Watcher, is_over: Callable[[], bool]) -> Callable[[], None]:
     """Have somebody look on while optimizers step, with rules in force or without.
 
     Args:
         optimizers: the optimizers.
         watcher: is called around each step.
+        is_over: tells whether the fit is over, also where nobody has ended the watch.
 
     Returns:
         What ends it.
     """
-    plans = [
-        _Plan(root, family, _rooms_of_family(family))
-        for root in map(unwrapped, optimizers)
-        for family in families(root)
-    ]
-    for plan in plans:
-        _check_optimizer(plan.root)
-    rooms = _carry_out(plans, lambda room, plan: setattr(room, "watcher", watcher))
+    plans = []
+    for root in map(unwrapped, optimizers):
+        _check_optimizer(root)
+        plans += [_Plan(root, family, _rooms_of_family(family)) for family in families(root)]
+
+    def look_on(room: StepRoom, plan: _Plan) -> None:
+        if not room.is_armed:
+            room.fit_is_over = is_over
+        if all(one is not watcher for one in room.watchers):
+            room.watchers.append(watcher)
+
+    rooms = _carry_out(plans, look_on)
 
     def end() -> None:
         for room in rooms:
-            if room.watcher is watcher:
-                room.watcher = None
-            if not room.parting.layers and not room.parting.changes(room.groups):
+            room.watchers = [one for one in room.watchers if one is not watcher]
+            if not room.watchers and not room.parting.layers and not room.parting.changes(room.groups):
                 room.disarm()
 
     return end

@@ -71,8 +71,8 @@ class StepRoom:
         news: Callable[[StepRoom], None],
     ) -> None:
         self.parting = parting
-        self.watcher: Watcher | None = None
-        """Looks on while the optimizers step."""
+        self.watchers: list[Watcher] = []
+        """Look on while the optimizers step."""
         self.told: set[tuple[str, str]] = set()
         """What the user was told of."""
         self.is_armed = False
@@ -234,7 +234,8 @@ def _take_off(hung: _Hung) -> None:
     if hung.is_hung and getattr(own.get(REDUCE), "func", None) is reduce_for_copy:
         del own[REDUCE]
     hung.steps, hung.states, hung.is_hung = [], [], False
-    if hung.layer is not None and own.get("step") is hung.layer():
+    layer = None if hung.layer is None else hung.layer()
+    if layer is not None and own.get("step") is layer:
         del own["step"]
         if hung.under is not None:
             own["step"] = hung.under

@@ -15,6 +15,8 @@ from operator import is_
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
 from lightning_regdecay.optim.frames import (
     caller_of,
     flat_state_to_load,
@@ -34,6 +36,9 @@ _LONGEST_STEP, _TICK = 60.0, 1e-3  # in seconds
 class Watcher(Protocol):
     """Looks on while optimizers step."""
 
+    def begin(self, optimizer: Any) -> None:
+        """The step of an optimizer around others begins, which may move weights before the gradients are there."""
+
     def before(self, optimizer: Any) -> None:
         """Gradients are those that the step goes by, and weights those before it."""
 
@@ -45,7 +50,7 @@ class Room(Protocol):
     """What a step needs to know of the optimizers."""
 
     parting: Parting
-    watcher: Watcher | None
+    watchers: list[Watcher]
     is_armed: bool
     fit_is_over: Callable[[], bool]
 
@@ -143,10 +148,12 @@ class Stepping:
         self.begin(optimizer, caller_of(Stepping.before))
         return self.with_closure_outside(self.room.place_of_closure(optimizer), args, kwargs)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of a step that the user has compiled
     def _let_watch(self, step: _Step | None) -> None:
-        if step is not None and not step.is_watched and self.room.watcher is not None:
+        if step is not None and not step.is_watched and self.room.watchers:
             step.is_watched = True
-            self.room.watcher.before(step.levels[0].optimizer)
+            for watcher in self.room.watchers:
+                watcher.before(step.levels[0].optimizer)
 
     def after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """The first step post-hook: hooks of others come next."""
@@ -198,6 +205,8 @@ class Stepping:
         self._check()
         step.swaps = [_Swap(groups, self._inside(groups), list(groups)) for groups in lists]
         self._step = step
+        for watcher in () if self.room.is_leaf(optimizer) else self.room.watchers:
+            watcher.begin(optimizer)
         _move_in(step)
 
     def end(self, optimizer: Any, frame: FrameType) -> None:
@@ -214,8 +223,8 @@ class Stepping:
         if not step.levels:
             step.counts = self._counts(step, optimizer)
             self._drop(step)
-            if step.is_watched and self.room.watcher is not None:
-                self.room.watcher.after(optimizer)
+            for watcher in self.room.watchers if step.is_watched else ():
+                watcher.after(optimizer)
             self.room.ended()
 
     def go_out(self) -> None:

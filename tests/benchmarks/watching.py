@@ -50,7 +50,7 @@ def rows(sizes: Sizes) -> Iterator[Row]:
 
     def look(gradients: bool, updates: bool) -> Any:
         watcher = StepWatcher(lambda _: groups, gradients=gradients, updates=updates)
-        watcher.start_batch(True)
+        watcher.start_batch(True, True)
 
         def both() -> None:
             watcher.before(optimizer)

@@ -148,16 +148,19 @@ class TestEnd:
 
     def test_what_is_off(self):
         exposure = Exposure()
+        rates = {"none": 0.0, "fast": math.log(2) / 30, "slow": 1e-3, "right": 1e-2, "coupled": 1e-3}
+        exposure.begin(0, rates)
         for step in (100, 200):
-            exposure.add(step, {"none": 0.0, "fast": math.log(2) / 30, "slow": 1e-3, "right": 1e-2})
-        events = [{"step": s, **{f"d/{n}/l2_norm": 1.0 for n in ("none", "fast", "slow", "right")}} for s in (100, 200)]
+            exposure.add(step, rates)
+        events = [{"step": s, **{f"d/{n}/l2_norm": 1.0 for n in rates}} for s in (100, 200)]
         events.append({"step": 300, "d/right/l2_norm": 1.0, "d/bad/l2_norm": math.nan})
-        remarks = {row[0]: row[-1] for row in end_table(events, "d", exposure).rows}
+        remarks = {row[0]: row[-1] for row in end_table(events, "d", exposure, rates.keys() - {"coupled"}).rows}
         assert remarks == {
             "none": "no decay reached it",
             "fast": "decay alone halves it in 30 steps",
             "slow": "decay alone took 18%: the run is too short for its norm to come to rest",
             "right": "",
+            "coupled": "",
             "bad": "NaN or infinity since step 300",
         }
 
@@ -169,6 +172,41 @@ class TestEnd:
         monitor = WeightDecayMonitor(every_n_steps=3)
         trainer(max_epochs=2, callbacks=[monitor]).fit(Lit())
         assert monitor._exposure.total == {"0": pytest.approx(0.05 * 8)}
+
+    def test_decay_that_falls_to_zero_has_reached_a_group(self, capsys, monkeypatch):
+        class Lit(LitHparams):
+            def build_lr_scheduler(self, optimizer):
+                schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 4)
+                return {"scheduler": schedule, "interval": "step"}
+
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        monitor = WeightDecayMonitor(summary="end")
+        trainer(max_epochs=1, callbacks=[monitor]).fit(Lit(lr=0.1, decay_rules={"*": 0.5}))
+        assert monitor._exposure.total == {"rest": pytest.approx(0.1 * 0.5 / 2 * 4)}
+        assert "no decay reached it" not in capsys.readouterr().out
+
+    def test_a_run_that_has_nothing_left_to_do_says_nothing(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        run = trainer(max_epochs=1, callbacks=[WeightDecayMonitor()])
+        run.fit(LitHparams(decay_rules=RULES))
+        run.save_checkpoint(tmp_path / "run.ckpt")
+        capsys.readouterr()
+        again = trainer(max_epochs=1, callbacks=[WeightDecayMonitor(summary="end")])
+        again.fit(LitHparams(decay_rules=RULES), ckpt_path=tmp_path / "run.ckpt", weights_only=True)
+        assert "remark" not in capsys.readouterr().out
+
+    def test_the_decay_of_a_run_goes_on_from_a_checkpoint(self, tmp_path):
+        totals = []
+        for stops in ([2], [1, 2]):
+            path = None
+            for epochs in stops:
+                monitor = WeightDecayMonitor()
+                run = trainer(max_epochs=epochs, callbacks=[monitor])
+                run.fit(LitHparams(decay_rules=RULES), ckpt_path=path)
+                path = tmp_path / "run.ckpt"
+                run.save_checkpoint(path)
+            totals.append(monitor._exposure.total)
+        assert totals[0] == pytest.approx(totals[1])
 
 
 def test_tensorboard_has_a_chart_for_each_figure(tmp_path, monkeypatch):

@@ -160,15 +160,17 @@ def test_figures_of_rates():
 
 def test_what_does_not_apply_is_left_out_and_said_once(caplog):
     class Coupled(Theirs):
-        build = torch.optim.SGD
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1)
 
     monitor = WeightDecayMonitor(figures="all")
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         trainer(max_epochs=2, callbacks=[monitor]).fit(Coupled())
     assert {"grad_norm", "update_ratio", "angle"} <= keys_of(monitor.history[-1])
-    assert not {"equilibrium", "decay_share", "equilibrium_angle"} & keys_of(monitor.history[-1])
+    without = ["half_life", "equilibrium", "decay_share", "equilibrium_angle"]
+    assert not keys_of(monitor.history[-1]).intersection(without)
     lines = [line for line in caplog.messages if "is left out" in line]
-    assert [line.partition(" ")[0] for line in lines] == ["equilibrium", "decay_share", "equilibrium_angle"]
+    assert [line.partition(" ")[0] for line in lines] == without
     assert all("coupled" in line for line in lines)
 
 
@@ -338,3 +340,150 @@ def test_norms_come_to_rest_at_the_equilibrium():
     )
     assert figure("equilibrium", of) == pytest.approx(1.0, abs=0.03)
     assert sum(angles) / len(angles) == pytest.approx(figure("equilibrium_angle", of), rel=0.05)
+
+
+class TestLoops:
+    """Where steps are not one in each batch."""
+
+    def test_two_monitors_have_figures_of_their_own(self):
+        first = WeightDecayMonitor(prefix="a", figures=["grad_norm"])
+        second = WeightDecayMonitor(prefix="b", figures=["update_ratio"], every_n_steps=1)
+        trainer(max_epochs=1, callbacks=[first, second]).fit(Ruled())
+        assert keys_of(first.history[-1]) >= {"grad_norm"}
+        assert all("update_ratio" in keys_of(record) for record in second.history)
+
+    def test_optimizers_that_step_in_turn(self):
+        class Turns(LitBase):
+            def __init__(self):
+                super().__init__()
+                self.automatic_optimization = False
+
+            def configure_optimizers(self):
+                return AdamW(self.body.parameters(), lr=1e-2), AdamW(self.head.parameters(), lr=1e-2)
+
+            def training_step(self, batch, batch_idx):
+                body, head = self.optimizers()
+                for optimizer in [body, head] if batch_idx % 2 == 0 else [body]:
+                    optimizer.zero_grad()
+                    self.manual_backward(super().training_step(batch, batch_idx))
+                    optimizer.step()
+
+        monitor = WeightDecayMonitor(figures=["update_ratio"])
+        run = trainer(max_epochs=2, callbacks=[monitor], limit_train_batches=3)
+        run.fit(Turns())
+        assert keys_of(monitor.history[-1]) >= {"update_ratio"}
+        expected = truth(run.optimizers[1], list(run.lightning_module.head.parameters()))["update_ratio"]
+        assert monitor.history[-1]["decay/Recording_2/0/update_ratio"] == pytest.approx(expected, rel=1e-5)
+
+    def test_an_optimizer_that_moves_weights_before_its_closure(self):
+        from helpers import SAM
+
+        class Lit(LitBase):
+            def configure_optimizers(self):
+                return SAM(self.parameters(), torch.optim.AdamW, rho=0.5, lr=1e-2, weight_decay=0.1)
+
+            def on_train_batch_start(self, *args):
+                self.before = flat(self.parameters())
+
+        monitor, model = WeightDecayMonitor(figures=["update_ratio"]), Lit()
+        trainer(max_epochs=1, callbacks=[monitor]).fit(model)
+        expected = (flat(model.parameters()) - model.before).norm() / model.before.norm()
+        assert monitor.history[-1]["decay/0/update_ratio"] == pytest.approx(expected.item(), rel=1e-4)
+
+    def test_checkpoints_of_a_validation_within_an_epoch_find_them(self, tmp_path):
+        from lightning.pytorch.callbacks import ModelCheckpoint
+
+        class Validated(Ruled):
+            def val_dataloader(self):
+                return self.train_dataloader()
+
+        monitor = WeightDecayMonitor(figures=["angle"])
+        saving = ModelCheckpoint(tmp_path, monitor="decay/rest/angle")
+        options = {"val_check_interval": 2, "enable_checkpointing": True}
+        trainer(max_epochs=1, callbacks=[monitor, saving], **options).fit(Validated())
+        assert saving.best_model_score is not None
+
+    def test_an_optimizer_that_takes_the_place_of_another(self):
+        class Swapped(Theirs):
+            def on_train_epoch_start(self):
+                if self.current_epoch == 1:
+                    self.trainer.optimizers = [AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)]
+
+        monitor = WeightDecayMonitor(figures=["angle"])
+        trainer(max_epochs=2, callbacks=[monitor]).fit(Swapped())
+        assert all("angle" in keys_of(record) for record in monitor.history)
+
+    def test_a_compiled_step(self):
+        class Compiled(Theirs):
+            build = torch.optim.AdamW
+
+            def configure_optimizers(self):
+                optimizer = super().configure_optimizers()
+                optimizer.step = torch.compile(optimizer.step, backend="eager")
+                return optimizer
+
+        monitor = WeightDecayMonitor(figures=["grad_norm", "angle"])
+        trainer(max_epochs=1, callbacks=[monitor]).fit(Compiled())
+        assert {"grad_norm", "angle"} <= keys_of(monitor.history[-1])
+
+    def test_numbers_that_an_optimizer_draws_are_those_of_the_training(self):
+        class Noisy(torch.optim.Optimizer):
+            def __init__(self, params, lr=0.01, weight_decay=0.1):
+                super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+            @torch.no_grad()
+            def step(self, closure=None):
+                with torch.enable_grad():
+                    loss = None if closure is None else closure()
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        p.mul_(1 - group["lr"] * group["weight_decay"]).add_(p.grad + torch.randn_like(p), alpha=-0.01)
+                return loss
+
+        found = []
+        for figures in (None, "all"):
+            torch.manual_seed(0)
+            model = Theirs()
+            model.configure_optimizers = lambda model=model: Noisy(model.parameters())
+            torch.manual_seed(1)
+            trainer(max_epochs=1, callbacks=[WeightDecayMonitor(figures=figures)]).fit(model)
+            found.append([parameter.detach() for parameter in model.parameters()])
+        assert all(map(torch.equal, *found))
+
+    def test_an_lr_below_zero_ends_no_training(self):
+        class Lit(Ruled):
+            def build_lr_scheduler(self, optimizer):
+                return {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step)}
+
+        trainer(max_epochs=3, callbacks=[WeightDecayMonitor(figures="all")]).fit(Lit())
+
+    def test_a_figure_without_a_single_value_is_named(self):
+        class Never(Manual):
+            def training_step(self, batch, batch_idx):
+                if self.trainer.is_last_batch:
+                    return
+                super().training_step(batch, batch_idx)
+
+        with pytest.warns(UserWarning, match="no step was logged that angle could be taken of"):
+            trainer(max_epochs=1, callbacks=[WeightDecayMonitor(figures=["angle"])]).fit(Never())
+
+
+def test_generators_of_names():
+    assert WeightDecayMonitor(figures=(name for name in ["rms"])).figures == ("rms",)
+    assert WeightDecayMonitor(prog_bar={"a/b": 1}.keys()).prog_bar == ("a/b",)
+
+
+def test_tensors_without_names_in_their_groups_are_named():
+    monitor = WeightDecayMonitor(figures=["largest"])
+    trainer(max_epochs=1, callbacks=[monitor]).fit(Theirs())
+    assert monitor.largest == {"0": "norm.weight"}
+
+
+def test_what_has_no_value_any_more_is_monitored_no_more():
+    class Lit(Ruled):
+        decay_rules = {"*": {"schedule": "linear", "start": 0.1, "end": 0.0, "epochs": 1}}
+
+    run = trainer(max_epochs=2, callbacks=[WeightDecayMonitor(figures=["rms", "half_life"])])
+    run.fit(Lit())
+    assert "decay/rest/half_life" not in run.callback_metrics
+    assert "decay/rest/rms" in run.callback_metrics
