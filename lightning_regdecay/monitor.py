@@ -29,6 +29,7 @@ from lightning_regdecay.rules.scalars import true_or_false
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_AS_THE_TRAINER = "log_every_n_steps"
 _NOTHING_YET = "WeightDecayMonitor: nothing was logged yet"
 
 
@@ -50,7 +51,8 @@ class WeightDecayMonitor(AnyCallback):
     copy of the parameters, from before a step that is logged until it is done (as float32 for half types).
 
     Args:
-        every_n_steps: log every so many optimizer steps (``trainer.global_step``) too.
+        every_n_steps: log every so many optimizer steps (``trainer.global_step``) too; ``"log_every_n_steps"`` for as
+            many as the Trainer has under that name.
         prefix: the first part of the keys.
         prog_bar: also show the figures in the progress bar: True for all, ``"total"`` for the total penalty, or a list
             of keys, with or without the prefix, globs too (``"head/*"``).
@@ -73,16 +75,18 @@ class WeightDecayMonitor(AnyCallback):
 
     def __init__(
         self,
-        every_n_steps: int | None = None,
+        every_n_steps: int | str | None = None,
         prefix: str = "decay",
         prog_bar: bool | str | Iterable[str] = False,
         summary: bool | str = True,
         figures: str | Iterable[str] | None = None,
     ) -> None:
         super().__init__()
-        if every_n_steps is not None and (type(every_n_steps) is not int or every_n_steps < 1):
+        is_count = type(every_n_steps) is int and every_n_steps >= 1
+        if not is_count and every_n_steps not in (None, _AS_THE_TRAINER):
             raise MisconfigurationException(
-                f"every_n_steps must be a whole number of at least 1, or None, got {every_n_steps!r}"
+                f"every_n_steps must be a whole number of at least 1, or None, or {_AS_THE_TRAINER!r}, got "
+                f"{every_n_steps!r}"
             )
         if not isinstance(prefix, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*", prefix):
             raise MisconfigurationException(
@@ -142,7 +146,7 @@ class WeightDecayMonitor(AnyCallback):
         self._steps_seen = trainer.global_step
         self._measurer.let_go()  # of a fit that failed
         self._fit = object()
-        self._steps_a_batch = 1 if pl_module.automatic_optimization else (self.every_n_steps or 1)
+        self._steps_a_batch = 1 if pl_module.automatic_optimization else (self._every(trainer) or 1)
         remember_flattened(pl_module if trainer.strategy.model is None else trainer.strategy.model)
         self._measurer.begin({name: p.parameter for p in model_parameters(pl_module) for name in p.names})
         for optimizer in trainer.optimizers:
@@ -175,7 +179,7 @@ class WeightDecayMonitor(AnyCallback):
         if not self._measurer.of_a_step:
             return
         self._watch(trainer)
-        n, after = self.every_n_steps, trainer.global_step + self._steps_a_batch
+        n, after = self._every(trainer), trainer.global_step + self._steps_a_batch
         is_due = n is not None and after // n > trainer.global_step // n
         is_last = trainer.is_last_batch or 0 < trainer.max_steps <= after
         every = trainer.val_check_batch
@@ -311,10 +315,16 @@ class WeightDecayMonitor(AnyCallback):
         """
         return plot_history(self.history, self.prefix, ax, figures=figures, groups=groups, x=x)
 
+    def _every(self, trainer: Trainer) -> int | None:
+        """How many optimizer steps lie between events, None for epochs alone."""
+        if isinstance(self.every_n_steps, str):
+            return trainer.log_every_n_steps or None  # type: ignore[attr-defined]
+        return self.every_n_steps
+
     def _step_is_due(self, trainer: Trainer) -> bool:
         """Whether a multiple of ``every_n_steps`` was reached since the last call; a batch may take several steps."""
         before, self._steps_seen = self._steps_seen, trainer.global_step
-        n = self.every_n_steps
+        n = self._every(trainer)
         return n is not None and trainer.global_step // n > before // n
 
     def _logged_at(self, step: int) -> bool:

@@ -136,6 +136,10 @@ class TestMoments:
         assert self.steps(4, max_epochs=2) == [4, 8]
         assert self.steps(100, max_epochs=2) == [4, 8]
 
+    def test_as_often_as_the_trainer_logs(self):
+        assert self.steps("log_every_n_steps", max_epochs=2, log_every_n_steps=3) == [3, 4, 6, 8]
+        assert self.steps("log_every_n_steps", max_epochs=2, log_every_n_steps=0) == [4, 8]
+
     def test_gradient_accumulation(self):
         assert self.steps(1, max_epochs=2, accumulate_grad_batches=3) == [1, 2, 3, 4]
         assert self.steps(2, max_epochs=2, accumulate_grad_batches=2) == [2, 4]
