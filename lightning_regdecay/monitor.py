@@ -241,6 +241,11 @@ class WeightDecayMonitor(AnyCallback):
         return {**own, "_trainer": None, "_fit": None}
 
     @property
+    def _parameters(self) -> Mapping[str, torch.nn.Parameter]:
+        """Those of the model, during a fit."""
+        return self._measurer.parameters
+
+    @property
     def largest(self) -> dict[str, str]:
         """By group, the name of the tensor that the figure ``largest`` was of last."""
         return dict(self._measurer.largest)

@@ -40,7 +40,8 @@ class Measurer:
         """By group, the name of the tensor that was the largest."""
         self._told: set[str] = set()
         self._l2_norm: GroupL2Norm | None = None  # kept, as to make one takes as long as the norms of a small model
-        self._parameters: Mapping[str, torch.nn.Parameter] = {}
+        self.parameters: Mapping[str, torch.nn.Parameter] = {}
+        """Of the model, by name, during a run."""
         self._watcher: StepWatcher | None = None
         self._end_watch: Callable[[], None] | None = None
         self._watched: list[weakref.ref[Any]] = []
@@ -52,20 +53,20 @@ class Measurer:
         Args:
             parameters: of the model, by name.
         """
-        self._parameters, self._l2_norm = parameters, None  # a fit that failed has left its own
+        self.parameters, self._l2_norm = parameters, None  # a fit that failed has left its own
         self._told.clear()
 
     def let_go(self) -> None:
         """Let go of the model and of its optimizers."""
         if self._end_watch is not None:
             self._end_watch()
-        self._parameters, self._l2_norm, self._watcher, self._end_watch = {}, None, None, None
+        self.parameters, self._l2_norm, self._watcher, self._end_watch = {}, None, None, None
         self._watched, self._kinds = [], {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and other processes: what is of the run under way stays here."""
         here: dict[str, Any] = {"_l2_norm": None, "_watcher": None, "_end_watch": None, "_watched": [], "_kinds": {}}
-        return {**vars(self), "_parameters": {}, **here}
+        return {**vars(self), "parameters": {}, **here}
 
     # Steps.
 
@@ -168,7 +169,7 @@ class Measurer:
             every = [norms[name, number] / math.sqrt(size or 1) for number, size in enumerate(sizes)]
             number = max(range(len(every)), key=lambda n: math.inf if math.isnan(every[n]) else every[n])
             largest = every[number]
-            own = next((known for known, p in self._parameters.items() if p is members[number]), "")
+            own = next((known for known, p in self.parameters.items() if p is members[number]), "")
             self.largest[name] = own or str(number)
         return Measured(
             norm=norms[name, _WHOLE],
@@ -227,9 +228,9 @@ class Measurer:
         """
         group = live.group
         names = group["param_names"]
-        if not is_deepspeed(live.optimizer) or not names or not all(name in self._parameters for name in names):
+        if not is_deepspeed(live.optimizer) or not names or not all(name in self.parameters for name in names):
             return group["params"]  # type: ignore[no-any-return]
-        return [self._parameters[name] for name in names]
+        return [self.parameters[name] for name in names]
 
     def _warn_if_not_finite(self, name: str, norm: float) -> None:
         if not math.isfinite(norm) and name not in self._told:
