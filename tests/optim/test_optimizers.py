@@ -50,8 +50,9 @@ ONE_LR = ("Prodigy", "pytorch-optimizer's Prodigy", "pytorch-optimizer's DAdaptA
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("closure", [False, True], ids=["", "closure"])
-@pytest.mark.parametrize("lr_rules", [None, LR_RULES], ids=["", "lr rules"])
+@pytest.mark.parametrize(
+    ("closure", "lr_rules"), [(False, None), (True, None), (False, LR_RULES)], ids=["", "closure", "lr rules"]
+)
 def test_trains_as_with_groups_by_hand(kind, closure, lr_rules):
     if lr_rules and kind in ONE_LR:
         pytest.skip("takes one lr only")
