@@ -14,14 +14,15 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_regdecay.figures.history import Exposure, Thinning, end_table, rows
+from lightning_regdecay.figures.history import TOTAL, Exposure, Thinning, end_table, rows
 from lightning_regdecay.figures.measures import chosen
-from lightning_regdecay.figures.measuring import Live, Measurer, is_deepspeed, live_groups
+from lightning_regdecay.figures.measuring import Live, Measurer, live_groups
 from lightning_regdecay.figures.plots import plot_history
 from lightning_regdecay.groups.groups import TABLE_HEADER, table_row, total_row
 from lightning_regdecay.groups.parameters import model_parameters
 from lightning_regdecay.groups.shards import remember_flattened
 from lightning_regdecay.groups.tables import Table, preformatted
+from lightning_regdecay.optim.holders import is_deepspeed
 from lightning_regdecay.optim.in_force import refresh
 from lightning_regdecay.retrofit import OF_THE_MODEL, AnyCallback, let_go_of_model
 from lightning_regdecay.rules.scalars import true_or_false
@@ -253,18 +254,9 @@ class WeightDecayMonitor(AnyCallback):
     @property
     def table(self) -> Table:
         """The figures that were logged last, a row per group."""
-        last = self.history[-1] if self.history else {}
-
-        def cell(group: str, name: str) -> str:
-            value = last.get(f"{self.prefix}/{group}/{name}")
-            return "" if value is None else f"{value:.6g}"
-
-        names = groups_in(last, self.prefix)
-        rows = [[name, *(cell(name, figure) for figure in self.figures)] for name in names]
-        has_total = f"{self.prefix}/total/penalty" in last
-        if has_total:
-            rows.append(["total", *(cell("total", figure) for figure in self.figures)])
-        return Table(("group", *self.figures), rows, left=1, has_total=has_total)
+        last = rows(self.history[-1:], self.prefix)
+        cells = [[row["group"], *(f"{row[f]:.6g}" if f in row else "" for f in self.figures)] for row in last]
+        return Table(("group", *self.figures), cells, left=1, has_total=any(row["group"] == TOTAL for row in last))
 
     def _repr_html_(self) -> str:
         """For notebooks: the figures that were logged last."""
@@ -392,10 +384,10 @@ class WeightDecayMonitor(AnyCallback):
         """The logged values of this moment by key."""
         groups = dict(live_groups(trainer.optimizers))
         self._exposure.add(trainer.global_step, {name: live.rate for name, live in groups.items()})
-        found = self._measurer.measure(trainer.optimizers)
+        found = self._measurer.measure(groups)
         metrics = {f"{self.prefix}/{name}/{key}": v for name, figures in found.items() for key, v in figures.items()}
         if "penalty" in self.figures:
-            metrics[f"{self.prefix}/total/penalty"] = sum(figures["penalty"] for figures in found.values())
+            metrics[f"{self.prefix}/{TOTAL}/penalty"] = sum(figures["penalty"] for figures in found.values())
         return metrics
 
     def _table_rows(self, trainer: Trainer) -> list[list[str]]:
@@ -412,12 +404,6 @@ class WeightDecayMonitor(AnyCallback):
             for name, live in groups.items()
         ]
         return [*rows, total_row(parameter for live in groups.values() for parameter in self._measurer.members(live))]
-
-
-def groups_in(record: Mapping[str, Any], prefix: str) -> list[str]:
-    """The names of the groups that a record of the history has figures of, in order."""
-    paths = [key.removeprefix(f"{prefix}/").rpartition("/")[0] for key in record if key.startswith(f"{prefix}/")]
-    return [name for name in dict.fromkeys(paths) if name != "total"]
 
 
 def _logger_step(trainer: Trainer) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_regdecay.groups.tables import Table
 
+TOTAL = "total"
+"""In the place of a group, all of them."""
 MOST_EVENTS = 1000
 """Events that are kept: some 100 KB for each figure of ten groups."""
 _SOON = 50
@@ -48,15 +50,33 @@ class Thinning:
         self.stride = int(state.get("stride", 1))
 
 
+class KeyPlace(NamedTuple):
+    """What a key of an event stands for."""
+
+    group: str
+    figure: str
+
+
+def place_of(key: str, prefix: str) -> KeyPlace | None:
+    """What a key stands for, None for one that is not under the prefix.
+
+    >>> place_of("decay/Adam/head/l2_norm", "decay")
+    KeyPlace(group='Adam/head', figure='l2_norm')
+    """
+    if not key.startswith(f"{prefix}/"):
+        return None
+    group, _, figure = key.removeprefix(f"{prefix}/").rpartition("/")
+    return KeyPlace(group, figure)
+
+
 def rows(records: Iterable[Record], prefix: str) -> list[dict[str, Any]]:
     """The events with a row for each group: ``epoch``, ``step``, ``group``, and the figures by their names."""
     found = []
     for record in records:
         by_group: dict[str, dict[str, Any]] = {}
         for key, value in record.items():
-            if key.startswith(f"{prefix}/"):
-                group, _, name = key.removeprefix(f"{prefix}/").rpartition("/")
-                by_group.setdefault(group, {})[name] = value
+            if (place := place_of(key, prefix)) is not None:
+                by_group.setdefault(place.group, {})[place.figure] = value
         when = {"epoch": record.get("epoch"), "step": record.get("step")}
         found += [{**when, "group": group, **figures} for group, figures in by_group.items()]
     return found
@@ -119,7 +139,7 @@ def end_table(records: list[Record], prefix: str, exposure: Exposure, decoupled:
     """
     by_group: dict[str, list[dict[str, Any]]] = {}
     for row in rows(records, prefix):
-        if row["group"] != "total":
+        if row["group"] != TOTAL:
             by_group.setdefault(row["group"], []).append(row)
     cells = []
     for name, events in by_group.items():

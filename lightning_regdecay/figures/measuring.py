@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_regdecay.figures.history import TOTAL
 from lightning_regdecay.figures.measures import OF_A_STEP, OF_AN_UPDATE, Measured, figure
 from lightning_regdecay.figures.norms import GroupL2Norm, LocalSums, is_measurable
 from lightning_regdecay.figures.steps import BEFORE, GRADIENT, UPDATE, StepWatcher
 from lightning_regdecay.groups.groups import numel_of
 from lightning_regdecay.optim.decoupling import is_decoupled
-from lightning_regdecay.optim.holders import innermost, unwrapped, with_held
+from lightning_regdecay.optim.holders import innermost, is_deepspeed, unwrapped, with_held
 from lightning_regdecay.optim.in_force import in_force, watch
 from lightning_regdecay.rules.names import safe_name, unique_name
 
@@ -90,11 +91,12 @@ class Measurer:
         self._watched = now
 
         def groups_of(optimizer: Any) -> dict[str, dict[str, Any]]:
-            steps = {id(one) for one in with_held(optimizer)}
+            every, steps = list(optimizers()), {id(one) for one in with_held(optimizer)}
+            stepped = {id(one) for one in every if any(id(held) in steps for held in with_held(one))}
             return {
                 name: {**live.group, "params": self._measurable(name, live)}
-                for name, live in live_groups(optimizers())
-                if any(id(one) in steps for one in with_held(live.optimizer))
+                for name, live in live_groups(every)
+                if id(live.optimizer) in stepped
             }
 
         updates = not OF_AN_UPDATE.isdisjoint(self.figures)
@@ -109,9 +111,8 @@ class Measurer:
 
     # Events.
 
-    def measure(self, optimizers: Iterable[Any]) -> dict[str, dict[str, float]]:
+    def measure(self, groups: Mapping[str, Live]) -> dict[str, dict[str, float]]:
         """The figures of each group, by its name, as far as they have a value."""
-        groups = dict(live_groups(optimizers))
         members = {name: self._measurable(name, live) for name, live in groups.items()}
         norms = self._norms(members, {} if self._watcher is None else self._watcher.sums)
         found: dict[str, dict[str, float]] = {}
@@ -188,19 +189,17 @@ class Measurer:
 
     def is_decoupled(self, live: Live) -> bool | None:
         """Whether a step multiplies the weights of a group by 1 - lr·λ beside the gradient step."""
-        optimizer = innermost(with_held(unwrapped(live.optimizer)))
-        if type(optimizer) is torch.optim.SGD and not live.group.get("momentum"):
+        if type(live.decaying) is torch.optim.SGD and not live.group.get("momentum"):
             return True  # the same as beside it
-        key = type(optimizer), live.group.get("decoupled_weight_decay")
+        key = type(live.decaying), live.group.get("decoupled_weight_decay")
         if key not in self._kinds:
-            self._kinds[key] = is_decoupled(optimizer, live.group)
+            self._kinds[key] = is_decoupled(live.decaying, live.group)
         return self._kinds[key]
 
     def _kind(self, live: Live) -> _Kind:
-        group, optimizer = live.group, innermost(with_held(unwrapped(live.optimizer)))
-        betas = group.get("betas")
+        betas = live.group.get("betas")
         beta = float(betas[0]) if isinstance(betas, (list, tuple)) and betas else None
-        names = {cls.__name__ for cls in type(optimizer).__mro__}
+        names = {cls.__name__ for cls in type(live.decaying).__mro__}
         return _Kind(self.is_decoupled(live), beta is not None and not _ADAM.isdisjoint(names), beta)
 
     def _say_once(self, line: str) -> None:
@@ -254,6 +253,8 @@ class Live(NamedTuple):
     """The rule that it is under."""
     schedule: str
     optimizer: Any
+    decaying: Any
+    """Of the optimizer and those that it holds, the one whose code decays the weights."""
 
     @property
     def weight_decay(self) -> float:
@@ -268,11 +269,6 @@ class Live(NamedTuple):
         return float(self.group.get("lr") or 0.0) * self.weight_decay
 
 
-def is_deepspeed(optimizer: Any) -> bool:
-    """Whether an optimizer is one of DeepSpeed's, whose engine steps past ``step``."""
-    return type(optimizer).__module__.startswith("deepspeed.")
-
-
 def live_groups(optimizers: Iterable[Any]) -> Iterator[tuple[str, Live]]:
     """Every param group of every optimizer as it is stepped over, under the name that it has in the keys."""
     every = list(optimizers)
@@ -283,9 +279,9 @@ def live_groups(optimizers: Iterable[Any]) -> Iterator[tuple[str, Live]]:
             optimizer_name = unique_name(safe_name(type(optimizer).__name__), names)
             names.add(optimizer_name)
             path = f"{optimizer_name}/"
-        taken = {"total"}
+        decaying, taken = innermost(with_held(unwrapped(optimizer))), {TOTAL}
         for found in in_force(optimizer):
             name = unique_name(safe_name(str(found.group["name"])), taken)
             taken.add(name)
             schedule = "" if found.schedule is None else found.schedule.text
-            yield path + name, Live(found.group, found.text, schedule, optimizer)
+            yield path + name, Live(found.group, found.text, schedule, optimizer, decaying)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lightning_regdecay.figures.history import TOTAL, place_of
 from lightning_regdecay.figures.measures import FIGURES
 from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.plots import TIME, WEIGHT_DECAY, pyplot
@@ -35,7 +36,6 @@ LABELS = {
 }
 """Every figure by its name, as an axis calls it."""
 TIMES = {"step": TIME, "epoch": "time (epochs)"}
-TOTAL = "total"
 MOST_LINES = 20
 """How many groups are told apart as lines."""
 _USUAL = ("l2_norm", "penalty")
@@ -124,9 +124,9 @@ def plot_history(
 def _logged(history: History, prefix: str) -> dict[str, list[str]]:
     """The figures of a history, each with the groups that have it."""
     found: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for record in history for key in record if key.startswith(f"{prefix}/")):
-        name, _, figure = key.removeprefix(f"{prefix}/").rpartition("/")
-        found.setdefault(figure, []).append(name)
+    for key in dict.fromkeys(itertools.chain(*history)):
+        if (place := place_of(key, prefix)) is not None:
+            found.setdefault(place.figure, []).append(place.group)
     return found
 
 

@@ -14,7 +14,7 @@ from lightning_regdecay.groups.matching import listed
 from lightning_regdecay.groups.parameters import ModelParameter, model_parameters
 from lightning_regdecay.groups.places import OUTSIDE, Finds, Places
 from lightning_regdecay.optim.decoupling import check_decoupled, reads_option
-from lightning_regdecay.optim.holders import innermost, refuse_numbered, shared_lists, with_held
+from lightning_regdecay.optim.holders import innermost, is_deepspeed, refuse_numbered, shared_lists, with_held
 from lightning_regdecay.optim.layers import Layer, built_options, own_place
 from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.parts import Parted
@@ -192,7 +192,7 @@ def warn_of_strays(rooms: Iterable[StepRoom], every: Iterable[StepRoom]) -> None
     every = list(every)
     for room in rooms:
         room.parting.has_news = False
-        if any(type(one).__module__.startswith("deepspeed.") for one in [*room.members, *room.roots]):
+        if any(map(is_deepspeed, [*room.members, *room.roots])):
             continue  # it has put others in the place of the parameters
         modules = _modules(room)
         if not modules:

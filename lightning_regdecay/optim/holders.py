@@ -47,6 +47,11 @@ def check_is_optimizer(value: Any) -> None:
         raise TypeError(f"optimizer must be an optimizer, with a step() and a list param_groups, got {what}")
 
 
+def is_deepspeed(optimizer: Any) -> bool:
+    """Whether an optimizer is of DeepSpeed, whose engine puts others in the place of parameters, and steps past it."""
+    return type(optimizer).__module__.startswith("deepspeed.")
+
+
 def steps_itself(optimizer: Any) -> bool:
     """Whether an optimizer has a ``step`` of its own; one that only passes all on to another has not."""
     return callable(getattr(type(optimizer), "step", None))
