@@ -332,11 +332,7 @@ class _RulesParser(LightningArgumentParser):
         plain = plain_rules(rules)
         action.rules, action.kind = plain, KINDS[name]
         # Rules with classes or predicates stay where they are unless one is changed: text stands for these less well.
-        if (
-            action.default is None
-            and isinstance(rules, Mapping)
-            and _parsed(rules, name) == _parsed(action.rules, name)
-        ):
+        if action.default is None and isinstance(rules, Mapping) and _parsed(rules, name) == _parsed(plain, name):
             self.set_defaults({action.dest: plain})
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:

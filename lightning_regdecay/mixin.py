@@ -355,7 +355,7 @@ def _groups_of(module: Any) -> DecayGroups:
         remember_flattened(trainer.strategy.model)  # FSDPStrategy puts its outermost wrapper around the module
     strict = true_or_false(f"decay_strict of {type(module).__name__}", module.decay_strict)
     rules = _given_rules_of(module)
-    decay_rules: Any = rules.decay_rules if rules.decay_rules is not None else {}
+    decay_rules: Any = rules.decay_rules  # None beside lr rules alone
     return build_decay_groups(module, decay_rules, lr_rules=rules.lr_rules, strict=strict)
 
 

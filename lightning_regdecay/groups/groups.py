@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names, problem_of, taking_groups
+from lightning_regdecay.groups.matching import (
+    Matcher,
+    first_takers,
+    group_names,
+    listed,
+    nearest_names,
+    problem_of,
+    taking_groups,
+)
 from lightning_regdecay.groups.parameters import ModelParameter, class_of, model_parameters
 from lightning_regdecay.groups.plots import plot_groups
 from lightning_regdecay.groups.shards import original_shape
@@ -308,23 +316,22 @@ def build_decay_groups(
         matchers = [Matcher(rule) for rule in rules_of_kind]
         taken_by = first_takers(matchers, trainable)
         _review(module, matchers, parameters, trainable, taken_by, problems, remarks)
-        takers.append([None if number is None else str(rules_of_kind[number].group) for number in taken_by])
+        takers.append(group_names(rules_of_kind, taken_by))
         takers_of_others.append(taking_groups(rules_of_kind, others) if rule_set.lr else [])
     if problems and strict:
         raise ValueError("\n".join(problems))
     for line in problems + remarks:
         rank_zero_warn(line)
 
-    members: dict[Pair, dict[str, nn.Parameter]] = {pair: {} for pair in rule_set.names()}
+    members: dict[Pair, dict[str, nn.Parameter]] = {pair: {} for pair in rule_set.names}
     for parameter, pair in zip(trainable, zip(*takers)):
         members[pair][parameter.name] = parameter.parameter
-    treatments, model = rule_set.treatments(), weakref.ref(module)
-    for pair in dict.fromkeys(zip(*takers_of_others)):  # which may train later
+    treatments, model = rule_set.treatments, weakref.ref(module)
+    for pair in dict.fromkeys([*zip(*takers), *zip(*takers_of_others)]):  # frozen ones too, which may train later
         treatments[pair].check()
     groups = []
-    for pair, name in rule_set.names().items():
+    for pair, name in rule_set.names.items():
         if members[pair]:
-            treatments[pair].check()
             groups.append(DecayGroup(name, treatments[pair].rule, members[pair], model, treatments[pair].lr_rule))
     return DecayGroups(groups, parameters, rule_set)
 

@@ -68,7 +68,11 @@ def first_takers(matchers: Sequence[Matcher], parameters: Iterable[ModelParamete
 
 def taking_groups(rules: Sequence[Rule], parameters: Iterable[ModelParameter]) -> list[str | None]:
     """The group of the first rule that takes each parameter, None where there is none."""
-    takers = first_takers([Matcher(rule) for rule in rules], parameters)
+    return group_names(rules, first_takers([Matcher(rule) for rule in rules], parameters))
+
+
+def group_names(rules: Sequence[Rule], takers: Iterable[int | None]) -> list[str | None]:
+    """The group of each of some rules that are told by their numbers, None where there is none."""
     return [None if number is None else str(rules[number].group) for number in takers]
 
 

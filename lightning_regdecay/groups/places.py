@@ -74,10 +74,9 @@ class Places:
     def __init__(self, module: nn.Module, groups: DecayGroups) -> None:
         self.module = weakref.ref(module)
         self.rules = groups.rule_set
-        treatments = self.rules.treatments()
         self._by_pair = {
             pair: Place(name, treated.rule, self.rules.text_of(pair), treated.lr_mult, treated.options)
-            for (pair, name), treated in zip(self.rules.names().items(), treatments.values())
+            for (pair, name), treated in zip(self.rules.names.items(), self.rules.treatments.values())
         }
         self.by_name = {place.group: place for place in self._by_pair.values()}
 

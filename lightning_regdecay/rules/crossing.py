@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,10 +100,11 @@ class RuleSet:
         """The name of the group of what no decay rule takes."""
         return unique_name("default", [str(rule.group) for rule in self.decay])
 
-    def names(self) -> dict[Pair, str]:
+    @functools.cached_property
+    def names(self) -> Mapping[Pair, str]:
         """The name of every group that there can be, by the groups of its rules, in order.
 
-        >>> RuleSet(parse_rules({"*.bias": 0.0}), parse_lr_rules({"head.*": 1e-3})).names()
+        >>> RuleSet(parse_rules({"*.bias": 0.0}), parse_lr_rules({"head.*": 1e-3})).names
         {('bias', 'head'): 'head.bias', ('bias', None): 'bias', (None, 'head'): 'head.default', (None, None): 'default'}
         """
         decay = dict.fromkeys(str(rule.group) for rule in self.decay)
@@ -117,11 +119,12 @@ class RuleSet:
             taken.add(crossed)
         return names
 
+    @functools.cached_property
     def treatments(self) -> Mapping[Pair, Treatment]:
         """What becomes of the parameters of every group that there can be; of rules that share one, the first."""
         decay: dict[str | None, DecayRule] = {rule.group: rule for rule in reversed(self.decay)}
         lr: dict[str | None, LrRule] = {rule.group: rule for rule in reversed(self.lr)}
-        return {(d, r): Treatment(decay.get(d), lr.get(r)) for d, r in self.names()}
+        return {(d, r): Treatment(decay.get(d), lr.get(r)) for d, r in self.names}
 
     def text_of(self, pair: Pair) -> str:
         """The selectors of the rules that a group is made of, for a table; long ones are cut."""
