@@ -54,12 +54,9 @@ class Strengths:
         Raises:
             ValueError: where a length that is needed is not known, or the peak of the lr is 0.
         """
-        delay = self._in_steps(name, schedule.delay_steps, schedule.delay_epochs) or 0
-        length = self._in_steps(name, schedule.steps, schedule.epochs)
-        if schedule.fraction is not None:
-            length = max(round(schedule.fraction * self._length(name, "total_steps")), 1)
-        elif length is None and "steps" in FIELDS[schedule.schedule]:
-            length = max(round(self._length(name, "total_steps")) - delay, 1)
+        delay, length = schedule.in_steps(
+            lambda: self._length(name, "total_steps"), lambda: self._length(name, "steps_per_epoch")
+        )
         step = int(group.get(STEP_KEY, 0))
         if "peak_lr" not in FIELDS[schedule.schedule]:
             return schedule.value(step, length=length, delay=delay)
@@ -83,12 +80,6 @@ class Strengths:
                 f"the lr of group {name!r} is {lr:g}, above the peak {peak_lr:g} that its schedule follow_lr reckons "
                 "with: λ stays at its start there; give the schedule peak_lr"
             )
-
-    def _in_steps(self, name: str, steps: int | None, epochs: float | None) -> int | None:
-        """A time in optimizer steps, where it is given."""
-        if epochs is None:
-            return steps
-        return max(round(epochs * self._length(name, "steps_per_epoch")), 1 if epochs else 0)
 
     def _length(self, name: str, which: str) -> float:
         if which in self.given:

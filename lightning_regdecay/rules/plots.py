@@ -64,20 +64,12 @@ def schedule_values(schedule: Any, steps: int, lr: Lr | None, epochs: float | No
         )
     if lr is None and schedule.schedule in _NEED_LR and not (schedule.schedule == "timescale" and schedule.peak_lr):
         raise ValueError(f"a {schedule.schedule} schedule goes by the lr: pass lr, a number, a list or a function")
-    steps_per_epoch = steps / (epochs or 1.0)
-    delay = _in_steps(schedule.delay_steps, schedule.delay_epochs, steps_per_epoch) or 0
-    length = _in_steps(schedule.steps, schedule.epochs, steps_per_epoch) or max(steps - delay, 1)
-    if schedule.fraction is not None:
-        length = max(round(schedule.fraction * steps), 1)
+    delay, length = schedule.in_steps(lambda: steps, lambda: steps / (epochs or 1.0))
     lrs = [1.0] * steps if lr is None else _lrs(lr, steps)
     peak = schedule.peak_lr or max(lrs)
     if peak <= 0 and schedule.schedule in _NEED_LR:
         raise ValueError(f"the lr is never above 0, so a {schedule.schedule} schedule has no peak to go by")
     return [schedule.value(t, length=length, delay=delay, lr=lrs[t], peak_lr=peak) for t in range(steps)]
-
-
-def _in_steps(steps: int | None, epochs: float | None, steps_per_epoch: float) -> int | None:
-    return steps if epochs is None else max(round(epochs * steps_per_epoch), 1 if epochs else 0)
 
 
 def _lrs(lr: Lr, steps: int) -> list[float]:

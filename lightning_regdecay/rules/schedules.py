@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -174,6 +174,33 @@ class DecaySchedule:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
+    def in_steps(
+        self, total_steps: Callable[[], float], steps_per_epoch: Callable[[], float]
+    ) -> tuple[int, int | None]:
+        """D and T in the optimizer steps of a run.
+
+        Args:
+            total_steps: tells the optimizer steps of the run, asked where the schedule goes by them.
+            steps_per_epoch: tells those of an epoch, asked where the schedule has a time in epochs.
+
+        Returns:
+            D, and T, None for a schedule that has no length.
+
+        >>> DecaySchedule("cosine", 0.0, 0.1, delay_epochs=2).in_steps(lambda: 100, lambda: 5)
+        (10, 90)
+        """
+
+        def steps(count: int | None, epochs: float | None) -> int | None:
+            return count if epochs is None else max(round(epochs * steps_per_epoch()), 1 if epochs else 0)
+
+        delay = steps(self.delay_steps, self.delay_epochs) or 0
+        if self.fraction is not None:
+            return delay, max(round(self.fraction * total_steps()), 1)
+        length = steps(self.steps, self.epochs)
+        if length is None and "steps" in FIELDS[self.schedule]:
+            length = max(round(total_steps()) - delay, 1)
+        return delay, length
+
     def value(
         self, step: int, *, length: int | None = None, delay: int = 0, lr: float = 1.0, peak_lr: float = 1.0
     ) -> float:
@@ -224,8 +251,9 @@ class DecaySchedule:
 
         Args:
             steps: the optimizer steps of the run.
-            lr: the lr of the run, for ``follow_lr`` and ``timescale``: a function of the steps done, a list with a
-                value for each step, or a number. Its peak is the highest of these, unless the schedule has its own.
+            lr: the lr of the run, for ``follow_lr``, ``per_step`` and ``timescale``: a function of the steps done, a
+                list with a value for each step, or a number. Its peak is the highest of these, unless the schedule has
+                its own.
             epochs: how many epochs the run has, for schedules with a time in epochs.
             ax: matplotlib axes to draw on; by default a new figure.
 
