@@ -68,21 +68,7 @@ def layerwise_lr_rules(
     {'params': 'blocks.1.*', 'lr_mult': 0.5, 'group': 'layer_1'}
     {'params': 'embed.*', 'lr_mult': 0.125, 'group': 'stem', 'optional': True}
     """
-    every, beyond = _layers(depths, layers)
-    decay = _factor("layer_decay", layer_decay)
-    least = nonnegative_number("min_lr_mult", min_lr_mult) or 0.0
-    rules: PlainRules = [
-        {"params": beyond, "where": "unexpected", "lr_mult": 1.0, "group": "layers", "optional": True},
-    ]
-    for number, pattern in enumerate(every):
-        lr_mult = max(decay ** (len(every) - number), least)
-        rules.append({"params": pattern, "lr_mult": lr_mult, "group": f"layer_{number}"})
-    last, lr_mult = rules[-1], max(decay ** (len(every) + 1), least)
-    if stem:
-        rules.append({"params": stem, "lr_mult": lr_mult, "group": "stem", "optional": True})
-    if true_or_false("norm_with_layers", norm_with_layers):
-        rules.append({**last, "params": _FINAL_NORM, "optional": True})
-    return rules
+    return [rule for _, rule in _by_depth(depths, layer_decay, min_lr_mult, layers, stem, norm_with_layers)]
 
 
 def layerwise_rules(
@@ -115,29 +101,43 @@ def layerwise_rules(
         TypeError: for an argument of the wrong kind.
         ValueError: for one out of range, a pattern without ``{}``, or a schedule with a ``strength_decay``.
     """
-    by_depth = layerwise_lr_rules(
-        depths,
-        layer_decay=layer_decay,
-        min_lr_mult=min_lr_mult,
-        layers=layers,
-        stem=stem,
-        norm_with_layers=norm_with_layers,
-    )
+    by_depth = _by_depth(depths, layer_decay, min_lr_mult, layers, stem, norm_with_layers)
     decay = _factor("strength_decay", strength_decay)
-    count = len(_layers(depths, layers)[0])
     rules: PlainRules = []
-    for rule in [*by_depth, {"group": "top", "optional": True}]:
-        group = rule["group"]
+    for power, rule in [*by_depth, (0, {"group": "top", "optional": True})]:
         if rule.get("where") == "unexpected":
             rules.append({**rule, "weight_decay": 0.0})
             continue
-        power = {"stem": count + 1, "top": 0}.get(group, 0)
-        if group.startswith("layer_"):
-            power = count - int(group.removeprefix("layer_"))
-        kept = {"weight_decay": 0.0, "group": f"{group}_no_decay", "optional": True}
+        kept = {"weight_decay": 0.0, "group": f"{rule['group']}_no_decay", "optional": True}
         for selector in ({"max_ndim": 1}, {"where": "no_weight_decay"}, {"where": "marked"}):
             rules.append({**rule, **selector, **kept})
         rules.append({**rule, **_strength(weight_decay, decay**power)})
+    return rules
+
+
+def _by_depth(
+    depths: Any, layer_decay: Any, min_lr_mult: Any, layers: Any, stem: Any, norm_with_layers: Any
+) -> list[tuple[int, dict[str, Any]]]:
+    """The rules of the lr, each after the power of the factor that it has."""
+    every, beyond = _layers(depths, layers)
+    decay = _factor("layer_decay", layer_decay)
+    least = nonnegative_number("min_lr_mult", min_lr_mult) or 0.0
+
+    def lr_mult(power: int) -> float:
+        return max(decay**power, least)
+
+    beyond_rule = {"params": beyond, "where": "unexpected", "lr_mult": 1.0, "group": "layers", "optional": True}
+    own = []
+    for number, pattern in enumerate(every):
+        power = len(every) - number
+        own.append((power, {"params": pattern, "lr_mult": lr_mult(power), "group": f"layer_{number}"}))
+    rules: list[tuple[int, dict[str, Any]]] = [(0, beyond_rule), *own]
+    if stem:
+        power = len(every) + 1
+        rules.append((power, {"params": stem, "lr_mult": lr_mult(power), "group": "stem", "optional": True}))
+    if true_or_false("norm_with_layers", norm_with_layers):
+        power, last = own[-1]
+        rules.append((power, {**last, "params": _FINAL_NORM, "optional": True}))
     return rules
 
 
