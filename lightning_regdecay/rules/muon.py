@@ -75,7 +75,8 @@ def muon_rules(
 ) -> PlainRules:
     """Hidden matrices by Muon, and the rest by AdamW, in one optimizer that does both; each with its λ and lr.
 
-    In the groups ``muon``, ``adamw`` and ``adamw_no_decay``, see :func:`muon_lr_rules`.
+    In the groups ``muon``, ``adamw`` and ``adamw_no_decay``, see :func:`muon_lr_rules`; ``vectors`` that are not 0
+    have the group ``adamw_vectors``.
 
     Args:
         weight_decay: λ of Muon's groups.
@@ -102,6 +103,7 @@ def muon_rules(
     alone = {"options": found[-1]["options"], "optional": True, "group": "adamw_no_decay"}
     kept: PlainRules = [{"where": "marked", "weight_decay": 0.0, **alone}] if true_or_false("marks", marks) else []
     if vectors is not None:
-        group = "adamw_no_decay" if not marks or number_of(vectors) == 0 else "adamw_vectors"
+        is_zero = isinstance(vectors, (int, float, str)) and number_of(vectors) == 0
+        group = "adamw_no_decay" if is_zero else "adamw_vectors"
         kept.append({"max_ndim": 1, "weight_decay": vectors, **alone, "group": group})
     return kept + found

@@ -8,7 +8,7 @@ import torch
 from helpers import digits_loader, trainer
 from torch import nn
 
-from lightning_regdecay import WeightDecayMixin, build_decay_groups, groups_in_force
+from lightning_regdecay import DecaySchedule, WeightDecayMixin, build_decay_groups, groups_in_force
 from lightning_regdecay.rules.presets import muon_lr_rules, muon_rules
 
 KEYS = {
@@ -89,6 +89,16 @@ def test_the_groups():
         "adamw": (["table.weight", "head.weight"], "0.05", {"use_muon": False, "lr": 3e-3}),
         "muon": (["embed.weight", "blocks.0.weight", "blocks.2.weight"], "0.1", {"use_muon": True, "lr": 0.02}),
     }
+
+
+@pytest.mark.parametrize(
+    "vectors", [0.01, "1e-2", DecaySchedule("constant", 0.01), {"schedule": "constant", "start": 0.01}]
+)
+@pytest.mark.parametrize("marks", [True, False])
+def test_vectors_that_decay_are_called_so(vectors, marks):
+    groups = build_decay_groups(Net(), muon_rules(0.1, vectors=vectors, marks=marks, **GIVEN))
+    assert groups.names == ["adamw_vectors", "adamw", "muon"]
+    assert groups["adamw_vectors"].strength_text in ("0.01", "constant 0.01")
 
 
 def test_the_other_key():
