@@ -542,14 +542,8 @@ class TestHistory:
         assert [len(m.history) for m in again] == [1, 4]
 
 
+@pytest.mark.usefixtures("no_window")
 class TestPlot:
-    @pytest.fixture(autouse=True)
-    def _no_window(self):
-        matplotlib = pytest.importorskip("matplotlib")
-        matplotlib.use("Agg")
-        yield
-        matplotlib.pyplot.close("all")
-
     @pytest.fixture
     def monitor(self):
         monitor = WeightDecayMonitor(every_n_steps=1)

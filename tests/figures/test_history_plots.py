@@ -8,13 +8,7 @@ from lightning_regdecay import WeightDecayMonitor
 from lightning_regdecay.figures.measures import FIGURES
 from lightning_regdecay.figures.plots import LABELS
 
-
-@pytest.fixture(autouse=True)
-def _no_window():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    yield
-    matplotlib.pyplot.close("all")
+pytestmark = pytest.mark.usefixtures("no_window")
 
 
 def monitor_of(figures, *, groups=("bias", "head", "rest"), steps=(1, 2, 3, 4), steps_per_epoch=2):

@@ -355,9 +355,8 @@ class TestMetric:
         with pytest.raises(TypeError, match="update takes a mapping of group names to tensors, got list"):
             GroupL2Norm(["a"]).update([torch.ones(1)])
 
+    @pytest.mark.usefixtures("no_window")
     def test_plot(self):
-        matplotlib = pytest.importorskip("matplotlib")
-        matplotlib.use("Agg")
         metric = GroupL2Norm(["a", "b"])
         metric.update({"a": [torch.ones(1)]})
         _, axes = metric.plot()

@@ -10,13 +10,7 @@ from torch import nn
 
 from lightning_regdecay import DecaySchedule, build_decay_groups
 
-
-@pytest.fixture(autouse=True)
-def _no_window():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    yield
-    matplotlib.pyplot.close("all")
+pytestmark = pytest.mark.usefixtures("no_window")
 
 
 class Layer(nn.Module):

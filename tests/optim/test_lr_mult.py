@@ -62,6 +62,20 @@ def nets():
     return model, copy.deepcopy(model)
 
 
+class LitOver(WeightDecayMixin, L.LightningModule):
+    """A model's parts, by their own names, with decay rules and the lr rules."""
+
+    lr_rules = LR_RULES
+
+    def __init__(self, model, rules):
+        super().__init__()
+        self.decay_rules = rules
+        self.body, self.norm, self.head = model.body, model.norm, model.head
+
+    def build_optimizer(self, param_groups):
+        return adamw(param_groups)
+
+
 def one_cycle(optimizer, scale):
     return schedulers.OneCycleLR(optimizer, [0.05 * s for s in scale], total_steps=20, cycle_momentum=False)
 
@@ -79,18 +93,7 @@ SCHEDULERS = {
 def test_schedulers_steer_what_is_multiplied(scheduler, own):
     model, twin = nets()
     if own:
-
-        class Lit(WeightDecayMixin, L.LightningModule):
-            decay_rules, lr_rules = RULES, LR_RULES
-
-            def __init__(self):
-                super().__init__()
-                self.body, self.norm, self.head = model.body, model.norm, model.head
-
-            def build_optimizer(self, param_groups):
-                return adamw(param_groups)
-
-        lit = Lit()
+        lit = LitOver(model, RULES)
         optimizer = lit.configure_optimizers()
     else:
         optimizer = adamw(model.parameters())
@@ -199,18 +202,7 @@ class TestSchedulesOfLambda:
 
     def own(self, model, rules):
         """An own optimizer, whose groups hold λ themselves."""
-
-        class Lit(WeightDecayMixin, L.LightningModule):
-            decay_rules, lr_rules = rules, LR_RULES
-
-            def __init__(self):
-                super().__init__()
-                self.body, self.norm, self.head = model.body, model.norm, model.head
-
-            def build_optimizer(self, param_groups):
-                return adamw(param_groups)
-
-        self.lit = Lit()
+        self.lit = LitOver(model, rules)
         optimizer = self.lit.configure_optimizers()
         schedule_weight_decay(optimizer, total_steps=20)
         return optimizer

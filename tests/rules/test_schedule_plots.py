@@ -9,13 +9,7 @@ import pytest
 
 from lightning_regdecay import DecaySchedule
 
-
-@pytest.fixture(autouse=True)
-def _no_window():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    yield
-    matplotlib.pyplot.close("all")
+pytestmark = pytest.mark.usefixtures("no_window")
 
 
 def drawn(schedule, *args, **kwargs):
