@@ -14,7 +14,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_regdecay.figures.history import TOTAL, Exposure, Thinning, end_table, rows
+from lightning_regdecay.figures.history import Exposure, Thinning, end_table, rows
 from lightning_regdecay.figures.measures import chosen
 from lightning_regdecay.figures.measuring import Live, Measurer, live_groups
 from lightning_regdecay.figures.plots import plot_history
@@ -25,6 +25,7 @@ from lightning_regdecay.groups.tables import Table, preformatted
 from lightning_regdecay.optim.holders import is_deepspeed
 from lightning_regdecay.optim.in_force import refresh
 from lightning_regdecay.retrofit import OF_THE_MODEL, AnyCallback, let_go_of_model
+from lightning_regdecay.rules.names import TOTAL
 from lightning_regdecay.rules.scalars import true_or_false
 
 if TYPE_CHECKING:
@@ -363,7 +364,7 @@ class WeightDecayMonitor(AnyCallback):
             return True
         own = key.removeprefix(f"{self.prefix}/")
         given = [self.prog_bar] if isinstance(self.prog_bar, str) else self.prog_bar
-        patterns = ["total/*" if pattern == "total" else pattern for pattern in given]
+        patterns = [f"{TOTAL}/*" if pattern == TOTAL else pattern for pattern in given]
         return any(fnmatch.fnmatchcase(name, pattern) for name in (key, own) for pattern in patterns)
 
     def _lay_out(self, trainer: Trainer) -> None:
@@ -416,7 +417,7 @@ def _logger_step(trainer: Trainer) -> int:
 
 def _keys(name: str, value: Any) -> Any:
     """A switch, a key or a list of keys."""
-    if isinstance(value, str) and (value == "total" or "/" in value):
+    if isinstance(value, str) and (value == TOTAL or "/" in value):
         return value
     keys = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else (None,)
     return keys if all(isinstance(key, str) for key in keys) else true_or_false(name, value)

@@ -7,9 +7,8 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lightning_regdecay.groups.tables import Table
+from lightning_regdecay.rules.names import TOTAL
 
-TOTAL = "total"
-"""In the place of a group, all of them."""
 MOST_EVENTS = 1000
 """Events that are kept: some 100 KB for each figure of ten groups."""
 _SOON = 50

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_regdecay.figures.history import TOTAL
 from lightning_regdecay.figures.measures import OF_A_STEP, OF_AN_UPDATE, Measured, figure
 from lightning_regdecay.figures.norms import GroupL2Norm, LocalSums, is_measurable
 from lightning_regdecay.figures.steps import BEFORE, GRADIENT, UPDATE, StepWatcher
@@ -18,7 +17,7 @@ from lightning_regdecay.groups.groups import numel_of
 from lightning_regdecay.optim.decoupling import is_decoupled
 from lightning_regdecay.optim.holders import innermost, is_deepspeed, unwrapped, with_held
 from lightning_regdecay.optim.in_force import in_force, watch
-from lightning_regdecay.rules.names import safe_name, unique_name
+from lightning_regdecay.rules.names import TOTAL, safe_name, unique_name
 
 _WHOLE = "whole"
 """In the place of the number of a tensor, a whole group."""

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lightning_regdecay.figures.history import TOTAL, place_of
+from lightning_regdecay.figures.history import place_of
 from lightning_regdecay.figures.measures import FIGURES
-from lightning_regdecay.rules.names import hint
+from lightning_regdecay.rules.names import TOTAL, hint
 from lightning_regdecay.rules.plots import TIME, WEIGHT_DECAY, pyplot
 
 if TYPE_CHECKING:

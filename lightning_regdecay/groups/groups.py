@@ -26,7 +26,7 @@ from lightning_regdecay.groups.shards import original_shape
 from lightning_regdecay.groups.tables import Lines, Table, Tabular
 from lightning_regdecay.rules.crossing import Pair, RuleSet, Treatment, parse_rule_set
 from lightning_regdecay.rules.forms import DecayRules, LrRules
-from lightning_regdecay.rules.names import hint
+from lightning_regdecay.rules.names import TOTAL, hint
 from lightning_regdecay.rules.rules import OWN, DecayRule, LrRule
 from lightning_regdecay.rules.scalars import nonnegative_number, true_or_false
 from lightning_regdecay.rules.schedules import LR_MULT_KEY, DecaySchedule, scheduled_param_group
@@ -398,7 +398,7 @@ def table_row(name: str, rule: str, parameters: Iterable[Any], weight_decay: obj
 
 def total_row(parameters: Iterable[Any]) -> list[str]:
     """The last row of a table under ``TABLE_HEADER``."""
-    return table_row("total", "", parameters, "", "")
+    return table_row(TOTAL, "", parameters, "", "")
 
 
 def numel_of(parameters: Iterable[Any]) -> int:

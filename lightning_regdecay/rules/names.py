@@ -8,6 +8,8 @@ import itertools
 import re
 from collections.abc import Collection, Iterable
 
+TOTAL = "total"
+"""What stands for all groups, where else the name of one does."""
 REGEX_PREFIX = "re:"
 """What makes a pattern a regular expression."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
 
-from lightning_regdecay.rules.names import REGEX_PREFIX, safe_name
+from lightning_regdecay.rules.names import REGEX_PREFIX, TOTAL, safe_name
 from lightning_regdecay.rules.scalars import is_array, nonnegative_number, number_of, plain_number, true_or_false
 from lightning_regdecay.rules.schedules import STRENGTH_KEYS
 
@@ -18,7 +18,7 @@ _SET_BY_THE_RULE = {"params", "param_names", "name", *STRENGTH_KEYS}
 SELECTORS = {"params", "modules", "min_ndim", "max_ndim", "where"}
 NAMED_TESTS = ("depthwise", "marked", "no_weight_decay", "no_weight_decay_keywords", "unexpected")
 """What ``where`` may be by name, so that text can hold it."""
-RESERVED_GROUPS = {"total"}  # `<prefix>/total/penalty` is the sum over all groups
+RESERVED_GROUPS = {TOTAL}  # `<prefix>/total/penalty` is the sum over all groups
 
 
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
