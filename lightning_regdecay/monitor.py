@@ -97,7 +97,8 @@ class WeightDecayMonitor(AnyCallback):
         self.every_n_steps = every_n_steps
         self.prefix = prefix
         self.prog_bar = _keys("prog_bar", prog_bar)
-        self.summary = summary if summary in ("start", "end", "both") else true_or_false("summary", summary)
+        is_named = isinstance(summary, str) and summary in ("start", "end", "both")
+        self.summary = summary if is_named else true_or_false("summary", summary, "'start', 'end' and 'both'")
         self.figures = chosen(figures)
         self.history: list[dict[str, float]] = []
         self._thinning, self._exposure = Thinning(), Exposure()
@@ -298,8 +299,8 @@ class WeightDecayMonitor(AnyCallback):
 
         Args:
             ax: matplotlib axes to draw on, one for each figure; by default a new figure.
-            figures: names of figures that were logged; by default ``l2_norm`` and ``penalty``, where neither was
-                logged all that were. Where λ of a group moves, a new figure has it as its third panel.
+            figures: names of figures that were logged, or ``"all"``; by default ``l2_norm`` and ``penalty``, where
+                neither was logged all that were. Where λ of a group moves, a new figure has it as its third panel.
             groups: names of groups, or patterns such as ``"head*"``; by default all.
             x: ``"step"``, the optimizer steps done, or ``"epoch"``, the epochs done.
 
@@ -308,6 +309,7 @@ class WeightDecayMonitor(AnyCallback):
 
         Raises:
             ModuleNotFoundError: without matplotlib.
+            TypeError: for figures and groups that are no names, and an ``ax`` that is none.
             ValueError: where nothing was logged yet, for figures that were not logged and groups that there are none
                 of, another ``x``, and an ``ax`` that is not one for each figure.
         """
@@ -420,7 +422,10 @@ def _keys(name: str, value: Any) -> Any:
     if isinstance(value, str) and (value == TOTAL or "/" in value):
         return value
     keys = tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else (None,)
-    return keys if all(isinstance(key, str) for key in keys) else true_or_false(name, value)
+    is_keys = all(isinstance(key, str) for key in keys)
+    return (
+        keys if is_keys else true_or_false(name, value, f"{TOTAL!r}, a key such as 'head/l2_norm' and a list of keys")
+    )
 
 
 def _cell_of_strength(live: Live) -> str:

@@ -629,6 +629,13 @@ def test_a_switch_that_is_none(name, value):
         WeightDecayMonitor(**{name: value})
 
 
+def test_a_switch_that_is_none_may_be_more_than_a_switch():
+    with pytest.raises(TypeError, match="got 'begin'; 'start', 'end' and 'both' will do too"):
+        WeightDecayMonitor(summary="begin")
+    with pytest.raises(TypeError, match="got 'loss'; 'total', a key such as 'head/l2_norm' and a list of keys will do"):
+        WeightDecayMonitor(prog_bar="loss")
+
+
 @pytest.mark.parametrize("prefix", ["", "a*", "/a", "a//b", None])
 def test_a_wrong_prefix(prefix):
     with pytest.raises(MisconfigurationException, match="prefix must be letters, digits"):

@@ -22,7 +22,7 @@ FIGURES = {
     "decay_share": "lr·λ·‖w‖₂/‖Δw‖₂: decay beside the whole update of the step, for decoupled optimizers",
     "angle": "the angle between w before and after the step, in radians",
     "equilibrium_angle": "√(2·lr·λ·(1-β₁)/(1+β₁)): the angle of a step where Adam-like norms are at rest, in radians",
-    "largest": "the largest rms among the tensors of the group, which is named in the history",
+    "largest": "the largest rms among the tensors of the group, which ``largest`` of the monitor names",
 }
 """Every figure by its name, with what it is.
 
@@ -33,7 +33,7 @@ OF_A_STEP = frozenset({"grad_norm", "update_ratio", "decay_share", "angle"})
 """Figures for which somebody must look on while the optimizer steps."""
 OF_AN_UPDATE = frozenset({"update_ratio", "decay_share", "angle"})
 """Those for which the weights before the step are kept until it is done."""
-_ALL = "all"
+ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def chosen(figures: str | Iterable[str] | None) -> tuple[str, ...]:
     if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"figures must be names of figures, or 'all', got {figures!r}; known are {', '.join(FIGURES)}")
     found: tuple[str, ...] = tuple(dict.fromkeys(names))
-    if _ALL in found:
+    if ALL in found:
         return tuple(FIGURES)
     for name in found:
         if name not in FIGURES:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightning_regdecay.figures.history import place_of
-from lightning_regdecay.figures.measures import FIGURES
+from lightning_regdecay.figures.measures import ALL, FIGURES
 from lightning_regdecay.rules.names import TOTAL, hint
-from lightning_regdecay.rules.plots import TIME, WEIGHT_DECAY, pyplot
+from lightning_regdecay.rules.plots import TIME, WEIGHT_DECAY, check_axes, pyplot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,6 +134,7 @@ def _chosen_figures(figures: str | Iterable[str] | None, logged: Iterable[str], 
     """The figures to draw.
 
     Raises:
+        TypeError: for what is no name.
         ValueError: for one that was not logged.
     """
     logged = list(logged)
@@ -142,7 +143,9 @@ def _chosen_figures(figures: str | Iterable[str] | None, logged: Iterable[str], 
         if not usual:
             return logged
         return [*usual, "weight_decay"] if with_strength else usual
-    chosen = list(dict.fromkeys([figures] if isinstance(figures, str) else figures))
+    if isinstance(figures, str) and figures == ALL:
+        return logged
+    chosen = list(dict.fromkeys(_names("figures", figures)))
     if not chosen:
         raise ValueError(f"figures is empty; logged are {', '.join(logged)}")
     for name in chosen:
@@ -161,11 +164,12 @@ def _chosen_groups(groups: str | Iterable[str] | None, known: list[str]) -> list
     """The groups to draw, in their own order.
 
     Raises:
+        TypeError: for what is no name.
         ValueError: for a name or pattern of no group.
     """
     if groups is None:
         return known
-    patterns = [groups] if isinstance(groups, str) else list(groups)
+    patterns = _names("groups", groups)
     if not patterns:
         raise ValueError(f"groups is empty; known are {', '.join(known)}")
     found: set[str] = set()
@@ -175,6 +179,14 @@ def _chosen_groups(groups: str | Iterable[str] | None, known: list[str]) -> list
             raise ValueError(f"no group is called {pattern!r}; {hint(pattern, known)}")
         found |= matched
     return [name for name in known if name in found]
+
+
+def _names(what: str, given: Any) -> list[str]:
+    """One name or many as a list."""
+    names = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{what} must be a name or a list of names, got {given!r}")
+    return names
 
 
 def _moves(history: History, prefix: str, names: Iterable[str]) -> bool:
@@ -232,9 +244,11 @@ def _new_panels(plt: Any, drawn: _Drawn, is_map: bool) -> list[Any]:
 def _given_panels(ax: Any, figures: Sequence[str]) -> list[Any]:
     """The axes of the user, one for each figure."""
     panels = list(getattr(ax, "flat", ax)) if isinstance(ax, Iterable) else [ax]  # plt.subplots gives arrays
-    if len(panels) != len(figures) or not all(hasattr(panel, "plot") for panel in panels):
+    if len(panels) != len(figures):
         count = _COUNTS[len(figures)] if len(figures) < len(_COUNTS) else f"{len(figures)} axes"
         raise ValueError(f"ax must be {count}, for {', '.join(figures)}, got {len(panels)}")
+    for panel in panels:
+        check_axes(panel)
     return panels
 
 

@@ -44,6 +44,8 @@ ON_META = (
     "group {group!r} holds parameters on the meta device, which no step would ever move; build the groups, and the "
     "optimizer, after the model has its memory (after to_empty or configure_model)"
 )
+_LONGEST_LABEL = 60
+"""Selectors of a rule that are longer do not name it in messages."""
 TABLE_HEADER = ("group", "rule", "tensors", "parameters", "weight_decay", "lr")
 
 
@@ -369,7 +371,8 @@ def _review(
         rule = matcher.rule
         if rule.optional:
             continue
-        label = f"{rule.KIND} {index + 1} {rule.selector_text!r}"
+        text = rule.selector_text
+        label = f"{rule.KIND} {index + 1} {f'of group {rule.group!r}' if len(text) > _LONGEST_LABEL else repr(text)}"
         if index in used and len(patterns_of(rule)) < 2 and len(classes_of(rule)) < 2:
             continue
         problem = problem_of(matcher, module, parameters)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_regdecay.groups.parameters import ModelParameter, class_of
 from lightning_regdecay.groups.patterns import put_together, split
-from lightning_regdecay.rules.plots import WEIGHT_DECAY, pyplot
+from lightning_regdecay.rules.plots import WEIGHT_DECAY, check_axes, pyplot
 from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.schedules import DecaySchedule
 
@@ -55,6 +55,7 @@ class _Look(NamedTuple):
 def plot_groups(groups: Sequence[Any], parameters: Sequence[ModelParameter], ax: Axes | None) -> tuple[Figure, Axes]:
     """Draw which parameter is in which group, see :meth:`DecayGroups.plot`."""
     plt = pyplot()
+    check_axes(ax)
     rows = _rows(groups, parameters)
     columns = max(len(row.cells) for row in rows)
     if ax is None:

@@ -132,6 +132,7 @@ def _by_depth(
         power = len(every) - number
         own.append((power, {"params": pattern, "lr_mult": lr_mult(power), "group": f"layer_{number}"}))
     rules: list[tuple[int, dict[str, Any]]] = [(0, beyond_rule), *own]
+    check_patterns("stem", stem or ())
     if stem:
         power = len(every) + 1
         rules.append((power, {"params": stem, "lr_mult": lr_mult(power), "group": "stem", "optional": True}))
@@ -226,6 +227,13 @@ def _template(name: str, value: Any, count: int) -> str:
         places = "once, for the number of the layer" if count == 1 else "twice, for the numbers of stage and layer"
         raise ValueError(f"{name} must have {{}} in it {places}, as 'blocks.{{}}.*' has, got {value!r}")
     return value
+
+
+def check_patterns(name: str, value: Any) -> None:
+    """Raise for what is neither a pattern nor a list of patterns."""
+    entries = (value,) if isinstance(value, str) else value
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) for entry in entries):
+        raise TypeError(f"{name} must be a pattern or a list of patterns, got {value!r}")
 
 
 def _factor(name: str, value: Any) -> float:

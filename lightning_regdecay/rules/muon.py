@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_regdecay.rules.by_layer import STEM, PlainRules
+from lightning_regdecay.rules.by_layer import STEM, PlainRules, check_patterns
 from lightning_regdecay.rules.scalars import nonnegative_number, number_of, true_or_false
 
 EMBEDDINGS = ["torch.nn.Embedding", "torch.nn.EmbeddingBag"]
@@ -50,8 +50,7 @@ def muon_lr_rules(
         found = {**selectors, **own, "options": options, "group": "muon" if is_muon else "adamw"}
         return found if is_muon else {**found, "optional": True}
 
-    if not isinstance(heads, (str, list, tuple)):
-        raise TypeError(f"heads must be a pattern or a list of patterns, got {heads!r}")
+    check_patterns("heads", heads)
     outside = [heads] if isinstance(heads, str) else heads
     return [
         rule(False, params=[*outside, STEM]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lightning_regdecay.rules.scalars import nonnegative_number, positive_number, whole_number
@@ -34,6 +34,12 @@ def pyplot() -> Any:
     return plt
 
 
+def check_axes(ax: Any) -> None:
+    """Raise for what is neither axes nor None."""
+    if ax is not None and not hasattr(ax, "plot"):
+        raise TypeError(f"ax must be matplotlib axes, got {ax!r}")
+
+
 def plot_schedule(
     schedule: Any, steps: int, lr: Lr | None, epochs: float | None, ax: Axes | None
 ) -> tuple[Figure, Axes]:
@@ -43,6 +49,7 @@ def plot_schedule(
         raise TypeError("steps must be the optimizer steps of the run, got None")
     values = schedule_values(schedule, count, lr, epochs)
     plt = pyplot()
+    check_axes(ax)
     if ax is None:
         _, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
         ax.set_title(schedule.text, fontsize="medium")
@@ -74,10 +81,17 @@ def schedule_values(schedule: Any, steps: int, lr: Lr | None, epochs: float | No
 
 def _lrs(lr: Lr, steps: int) -> list[float]:
     """The lr of each step."""
-    if isinstance(lr, (int, float)):
-        given: list[Any] = [lr] * steps
+    if callable(lr):
+        given: list[Any] = [lr(step) for step in range(steps)]
     else:
-        given = [lr(step) for step in range(steps)] if callable(lr) else list(lr)
+        given = list(lr) if isinstance(lr, Iterable) and not isinstance(lr, str) else [lr] * steps
     if len(given) < steps:
         raise ValueError(f"lr must have a value for each of the {steps} steps, got {len(given)}")
-    return [nonnegative_number("lr", float(value)) or 0.0 for value in given[:steps]]
+    return [_lr(value) for value in given[:steps]]
+
+
+def _lr(value: Any) -> float:
+    lr = nonnegative_number("lr", value.item() if hasattr(value, "item") else value)  # of tensors and arrays
+    if lr is None:
+        raise TypeError("lr must be a number at each step, got None")
+    return lr

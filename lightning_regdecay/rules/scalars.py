@@ -75,17 +75,23 @@ def finite_number(name: str, value: Any) -> float | None:
 
 def whole_number(name: str, value: Any, least: int) -> int | None:
     """A count from a number or its text; None where it is not given."""
-    number = nonnegative_number(name, value)
+    number = _number(name, value)
     if number is None:
         return None
-    if number != int(number) or number < least:
+    if not (math.isfinite(number) and number == int(number) and number >= least):
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return int(number)
 
 
-def true_or_false(name: str, value: Any) -> bool:
-    """A switch, NumPy's too; text and numbers are none, as ``"False"`` would count as true."""
+def true_or_false(name: str, value: Any, others: str = "") -> bool:
+    """A switch, NumPy's too; text and numbers are none, as ``"False"`` would count as true.
+
+    Args:
+        name: what it is called.
+        value: the switch.
+        others: what else it might have been, for the message.
+    """
     switch = plain_number(value)
     if not isinstance(switch, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {value!r}{f'; {others} will do too' if others else ''}")
     return switch

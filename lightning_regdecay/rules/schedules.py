@@ -129,7 +129,8 @@ class DecaySchedule:
                 raise TypeError(f"a {self.schedule} schedule has no {name}; it has {', '.join(FIELDS[self.schedule])}")
         for name in ("start", "end"):
             if name in FIELDS[self.schedule] and checked[name] is None:
-                raise ValueError(f"a {self.schedule} schedule needs {name}, the λ that it has there")
+                what = "lr·λ at each step" if self.schedule == "per_step" else "the λ that it has there"
+                raise ValueError(f"a {self.schedule} schedule needs {name}, {what}")
         for pair in (_LENGTHS, _DELAYS):
             if all(checked[name] is not None for name in pair):
                 raise ValueError(f"{pair[0]} and {pair[1]} say the same thing twice: give one of them")

@@ -87,6 +87,22 @@ class TestFigures:
         with pytest.raises(ValueError, match=message):
             monitor_of(USUAL).plot(figures=figures)
 
+    def test_all(self):
+        monitor = monitor_of({**USUAL, "rms": 1.0})
+        assert [ax.get_ylabel() for ax in monitor.plot(figures="all")[1]] == [
+            LABELS[name] for name in ("l2_norm", "penalty", "weight_decay", "rms")
+        ]
+
+    @pytest.mark.parametrize("name", ["figures", "groups"])
+    @pytest.mark.parametrize("given", [5, [None], {"rms": 1}.values()])
+    def test_what_is_no_name(self, name, given):
+        with pytest.raises(TypeError, match=f"{name} must be a name or a list of names, got "):
+            monitor_of(USUAL).plot(**{name: given})
+
+    def test_what_are_no_axes(self):
+        with pytest.raises(TypeError, match="ax must be matplotlib axes, got 1"):
+            monitor_of(USUAL).plot([1, 2])
+
     def test_on_one_axes_of_the_user(self):
         import matplotlib.pyplot as plt
 

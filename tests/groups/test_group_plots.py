@@ -122,6 +122,11 @@ def test_on_axes_of_the_user():
     assert build_decay_groups(nn.Linear(2, 1), {"*": 0.1}).plot(ax) == (figure, ax)
 
 
+def test_what_are_no_axes():
+    with pytest.raises(TypeError, match="ax must be matplotlib axes, got 5"):
+        build_decay_groups(nn.Linear(2, 1), {"*": 0.1}).plot(5)
+
+
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ModuleNotFoundError, match=r"plot\(\) needs matplotlib: pip install matplotlib"):

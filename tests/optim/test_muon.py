@@ -136,6 +136,8 @@ def test_a_resnet():
 def test_heads_that_are_none():
     with pytest.raises(TypeError, match="heads must be a pattern or a list of patterns, got 5"):
         muon_rules(heads=5)
+    with pytest.raises(TypeError, match=r"heads must be a pattern or a list of patterns, got \[5\]"):
+        muon_rules(heads=[5])
 
 
 def test_crosses_other_rules():

@@ -207,6 +207,10 @@ class TestMistakes:
         with pytest.raises(ValueError, match="takes nothing: no parameter name matches"):
             build_decay_groups(model, {} if given else preset(depths), **given)
 
+    def test_a_layer_that_is_not_there_goes_by_its_group(self):
+        with pytest.raises(ValueError, match="lr rule 2 of group 'layer_0' takes nothing: no parameter name matches"):
+            build_decay_groups(nn.Linear(2, 1), {}, lr_rules=layerwise_lr_rules(2))
+
     @pytest.mark.parametrize(
         ("given", "error", "message"),
         [
@@ -221,6 +225,8 @@ class TestMistakes:
             ({"depths": [3, 1], "layers": "blocks.{}"}, ValueError, r"layers must have {} in it twice"),
             ({"depths": [3, 1], "layers": ["a{}"]}, ValueError, "layers has 1 patterns, and depths 2 stages"),
             ({"depths": 3, "layers": 5}, TypeError, "layers must be a pattern"),
+            ({"depths": 3, "stem": 5}, TypeError, "stem must be a pattern or a list of patterns, got 5"),
+            ({"depths": -1}, ValueError, "depths must be a whole number of at least 1, got -1"),
             ({"depths": 3, "norm_with_layers": 1}, TypeError, "norm_with_layers must be True or False"),
             ({"depths": 3, "wd": 1}, TypeError, "preset 'layerwise' has no argument 'wd'"),
         ],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from lightning_regdecay import DecaySchedule
 
@@ -80,6 +82,32 @@ def test_on_axes_of_the_user():
 
     figure, ax = plt.subplots()
     assert DecaySchedule("constant", 0.1).plot(3, ax=ax) == (figure, ax)
+
+
+def test_what_are_no_axes():
+    with pytest.raises(TypeError, match="ax must be matplotlib axes, got 5"):
+        DecaySchedule("constant", 0.1).plot(3, ax=5)
+
+
+@pytest.mark.parametrize(
+    ("lr", "error", "message"),
+    [
+        ("x", ValueError, "lr must be a number, got the text 'x'"),
+        ([0.1, "y", 0.1], ValueError, "lr must be a number, got the text 'y'"),
+        ([0.1, None, 0.1], TypeError, "lr must be a number at each step, got None"),
+        (object(), TypeError, "lr must be a number, got <object object"),
+        (lambda step: -step, ValueError, "lr must be a finite number of at least 0, got -1"),
+    ],
+)
+def test_an_lr_that_is_none(lr, error, message):
+    with pytest.raises(error, match=message):
+        DecaySchedule("follow_lr", 0.1).plot(3, lr=lr)
+
+
+@pytest.mark.parametrize("lr", [1, "1e-3", np.full(3, 0.1), torch.full((3,), 0.1), [np.float32(0.1)] * 3])
+def test_an_lr_of_any_kind_of_number(lr):
+    values = drawn(DecaySchedule("follow_lr", 0.1), 3, lr=lr)
+    assert values == [0.1] * 3
 
 
 def test_without_matplotlib(monkeypatch):
