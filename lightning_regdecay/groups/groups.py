@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
+import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_regdecay.groups.matching import (
-    Matcher,
-    first_takers,
-    group_names,
-    listed,
-    nearest_names,
-    problem_of,
-    taking_groups,
-)
+from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names, problem_of
 from lightning_regdecay.groups.parameters import ModelParameter, class_of, model_parameters
+from lightning_regdecay.groups.pieces import Piece, pieces_from, pieces_of, shares_of
 from lightning_regdecay.groups.plots import plot_groups
+from lightning_regdecay.groups.regions import Region
 from lightning_regdecay.groups.shards import original_shape
 from lightning_regdecay.groups.tables import Lines, Table, Tabular
 from lightning_regdecay.rules.crossing import Pair, RuleSet, Treatment, parse_rule_set
 from lightning_regdecay.rules.forms import DecayRules, LrRules
-from lightning_regdecay.rules.names import TOTAL, hint
+from lightning_regdecay.rules.names import TOTAL, hint, safe_name, unique_name
 from lightning_regdecay.rules.rules import OWN, DecayRule, LrRule
 from lightning_regdecay.rules.scalars import nonnegative_number, true_or_false
 from lightning_regdecay.rules.schedules import LR_MULT_KEY, DecaySchedule, scheduled_param_group
@@ -60,6 +56,7 @@ class DecayGroup:
         params: parameter name to parameter, in the order of the model.
         model: refers to the model.
         lr_rule: the lr rule that took the parameters, None where none did.
+        regions: by the name of a parameter, the part of it that is in the group, where that is not all of it.
     """
 
     name: str
@@ -67,6 +64,7 @@ class DecayGroup:
     params: Mapping[str, nn.Parameter]
     model: Callable[[], nn.Module | None] = field(default=lambda: None, compare=False)
     lr_rule: LrRule | None = None
+    regions: Mapping[str, Region] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -77,12 +75,21 @@ class DecayGroup:
     @property
     def numel(self) -> int:
         """The number of scalar parameters, of the whole parameters where they are sharded."""
-        return numel_of(self.params.values())
+        return numel_of(self.params.values(), map(self.regions.get, self.params))
 
     @property
     def strength_text(self) -> str:
         """The strength in words that fit a table cell."""
         return self.treatment.strength_text
+
+    @property
+    def start_memory(self) -> int:
+        """The bytes that are kept of the weights that it decays toward, over all processes; 0 where that is 0."""
+        if self.rule is None or self.rule.toward is None:
+            return 0
+        own = self.rule.toward_dtype
+        sizes = ((p, p.element_size() if own is None else getattr(torch, own).itemsize) for p in self.params.values())
+        return sum(original_shape(parameter).numel() * size for parameter, size in sizes)
 
     @property
     def treatment(self) -> Treatment:
@@ -101,7 +108,8 @@ class DecayGroup:
         Raises:
             TypeError: for a weight decay or an lr that is no number.
             ValueError: for one below 0, or not given where a rule has a factor on it; for parameters on the meta
-                device, or in whose place the model has others by now.
+                device, or in whose place the model has others by now; for a group that holds parts of tensors, or
+                decays toward a start, of which an optimizer by itself knows nothing.
 
         >>> groups = build_decay_groups(nn.Linear(2, 1), {"bias": 0.0})
         >>> [sorted(group.as_param_group()) for group in groups]
@@ -110,6 +118,12 @@ class DecayGroup:
         if any(parameter.is_meta for parameter in self.params.values()):
             raise ValueError(ON_META.format(group=self.name))
         _refuse_stale([self], self.model())
+        if self.regions or self.start_memory:
+            what = "holds parts of tensors" if self.regions else "decays toward a start"
+            raise ValueError(
+                f"group {self.name!r} {what}, which no param group can say: put the rules in force in an optimizer "
+                "over the parameters, by apply_decay_rules(optimizer, model, rules), or let WeightDecayMixin build it"
+            )
         if not isinstance(weight_decay, Tensor):
             weight_decay = nonnegative_number("weight_decay", weight_decay)
         group = self.as_param_group_of_own_strength()
@@ -133,7 +147,8 @@ class DecayGroup:
 
     def as_param_group_of_own_strength(self) -> dict[str, Any]:
         """The same without ``weight_decay`` and ``lr`` where these are factors on the optimizer's, on any device."""
-        group = {"params": list(self.params.values()), NAMES_KEY: list(self.params), "name": self.name}
+        whole = {name: parameter for name, parameter in self.params.items() if name not in self.regions}
+        group = {"params": list(whole.values()), NAMES_KEY: list(whole), "name": self.name}
         strength = None if self.rule is None else self.rule.weight_decay
         if isinstance(strength, DecaySchedule):
             group |= scheduled_param_group(strength)
@@ -146,11 +161,31 @@ class DecayGroup:
 class DecayGroups(Tabular, list[DecayGroup]):
     """The groups of a model: a list that prints as a table and explains any one parameter."""
 
-    def __init__(self, groups: Iterable[DecayGroup], parameters: Sequence[ModelParameter], rule_set: RuleSet) -> None:
+    def __init__(
+        self,
+        groups: Iterable[DecayGroup],
+        parameters: Sequence[ModelParameter],
+        rule_set: RuleSet,
+        cut: Mapping[str, tuple[Piece, ...]],
+    ) -> None:
         super().__init__(groups)
         self._parameters = parameters
         self.rule_set = rule_set
         """The rules that the groups were built by."""
+        self.cut = cut
+        """The pieces of parameters that are in several groups, by name."""
+
+    @property
+    def together(self) -> dict[tuple[Pair, ...], str]:
+        """Groups that have pieces of the same tensors, and the name of the param group that these are in."""
+        names: dict[tuple[Pair, ...], str] = {}
+        taken = set(self.rule_set.names.values())
+        for pieces in self.cut.values():
+            pairs = tuple(piece.pair for piece in pieces)
+            if pairs not in names:
+                names[pairs] = together(self.rule_set, pairs, taken)
+                taken.add(names[pairs])
+        return names
 
     @property
     def table(self) -> Table:
@@ -192,14 +227,36 @@ class DecayGroups(Tabular, list[DecayGroup]):
         _refuse_stale(self, self[0].model() if self else None)
         return [replace(group, model=lambda: None).as_param_group(weight_decay, lr=lr) for group in self]
 
+    def own_param_groups(self) -> list[tuple[DecayGroup | None, dict[str, Any]]]:
+        """The param groups of an optimizer that is built over these groups, each with the group that it is.
+
+        Tensors that are in several groups are in param groups without one.
+        """
+        found: list[tuple[DecayGroup | None, dict[str, Any]]] = [
+            (group, group.as_param_group_of_own_strength())
+            for group in self
+            if len(group.regions) < len(group.params) or not group.params
+        ]
+        by_name = {p.name: p.parameter for p in self._parameters}
+        for pairs, label in self.together.items():
+            names = [name for name, pieces in self.cut.items() if tuple(piece.pair for piece in pieces) == pairs]
+            options = copy.deepcopy(self.rule_set.treatments[pairs[0]].options)
+            params = [by_name[name] for name in names]
+            found.append((None, {"params": params, NAMES_KEY: names, "name": label, **options}))
+        return found
+
     def rows(self) -> list[list[str]]:
         """The cells of the table, a row per group and one for all."""
         rows = []
         for group in self:
             treatment = group.treatment
-            text = self.rule_set.text_of(treatment.pair)
-            rows.append(table_row(group.name, text, group.params.values(), treatment.strength_text, treatment.lr_text))
-        return [*rows, total_row(parameter for group in self for parameter in group.params.values())]
+            text, strength = self.rule_set.text_of(treatment.pair), treatment.strength_text
+            if group.start_memory:
+                strength = f"{strength} ({_bytes_text(group.start_memory)})"
+            regions = map(group.regions.get, group.params)
+            rows.append(table_row(group.name, text, group.params.values(), strength, treatment.lr_text, regions))
+        every = {name: parameter for group in self for name, parameter in group.params.items()}
+        return [*rows, total_row(every.values())]
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Plot which parameter is in which group: a row per module, a cell per parameter in the colour of its λ.
@@ -244,12 +301,17 @@ class DecayGroups(Tabular, list[DecayGroup]):
     def _explain(self, parameter: ModelParameter) -> str:
         owners = sorted({class_of(place.module).__name__ for place in parameter.places})
         head = f"{' = '.join(parameter.names)} ({parameter.ndim} dimensions, in {', '.join(owners)})"
-        group = next((g for g in self if parameter.name in g.params), None)
-        if group is None:
+        groups = [group for group in self if parameter.name in group.params]
+        if not groups:
             return f"{head} was frozen (requires_grad=False) when the groups were made: it is in none"
-        treatment = group.treatment
-        lr = "" if treatment.lr_text == OWN else f", lr {treatment.lr_text}"
-        lines = [f"{head} is in group {group.name!r}, weight_decay {treatment.strength_text}{lr}"]
+        lines = []
+        for group in groups:
+            treatment = group.treatment
+            lr = "" if treatment.lr_text == OWN else f", lr {treatment.lr_text}"
+            region = group.regions.get(parameter.name)
+            part = "" if region is None else f" {region.text},"
+            lines.append(f"{part} in group {group.name!r}, weight_decay {treatment.strength_text}{lr}")
+        lines = [f"{head} is{lines[0]}"] if len(lines) == 1 else [f"{head} is", *(f" {line}" for line in lines)]
         lines += _explained(self.rules, parameter, "rule", "it keeps the optimizer's own weight decay")
         if self.lr_rules:
             lines += _explained(self.lr_rules, parameter, "lr rule", "it keeps the optimizer's own lr")
@@ -262,8 +324,9 @@ def _explained(rules: Sequence[Rule], parameter: ModelParameter, kind: str, othe
     for number, rule in enumerate(rules, start=1):
         label = f"  {kind} {number} {rule.selector_text!r}"
         reason = Matcher(rule).mismatch(parameter)
-        lines.append(f"{label} takes it" if reason is None else f"{label} does not take it: {reason}")
-        if reason is None:
+        takes = "takes it" if not rule.is_partial else "takes that part of it"
+        lines.append(f"{label} {takes}" if reason is None else f"{label} does not take it: {reason}")
+        if reason is None and not rule.is_partial:
             return lines
     return [*lines, f"  no {kind} takes it: {otherwise}"]
 
@@ -310,32 +373,41 @@ def build_decay_groups(
         frozen = f"all its {len(parameters)} parameters are frozen" if parameters else "it has no parameters"
         raise ValueError(f"{type(module).__name__} has nothing to train: {frozen}")
 
+    decay, lr = [Matcher(rule) for rule in rule_set.decay], [Matcher(rule) for rule in rule_set.lr]
+    shares, lr_takers = shares_of(decay, trainable), first_takers(lr, trainable)
     problems: list[str] = []
     remarks: list[str] = []
-    takers, takers_of_others = [], []
-    others = [p for p in parameters if not p.parameter.requires_grad]
-    for rules_of_kind in (rule_set.decay, rule_set.lr):
-        matchers = [Matcher(rule) for rule in rules_of_kind]
-        taken_by = first_takers(matchers, trainable)
-        _review(module, matchers, parameters, trainable, taken_by, problems, remarks)
-        takers.append(group_names(rules_of_kind, taken_by))
-        takers_of_others.append(taking_groups(rules_of_kind, others) if rule_set.lr else [])
+    _review(module, decay, parameters, trainable, [{share.taker for share in one} for one in shares], problems, remarks)
+    _review(module, lr, parameters, trainable, [{taker} for taker in lr_takers], problems, remarks)
     if problems and strict:
         raise ValueError("\n".join(problems))
     for line in problems + remarks:
         rank_zero_warn(line)
 
+    every = pieces_from(rule_set, shares, lr_takers)
     members: dict[Pair, dict[str, nn.Parameter]] = {pair: {} for pair in rule_set.names}
-    for parameter, pair in zip(trainable, zip(*takers)):
-        members[pair][parameter.name] = parameter.parameter
+    regions: dict[Pair, dict[str, Region]] = {pair: {} for pair in rule_set.names}
+    for parameter, pieces in zip(trainable, every):
+        for pair, region in pieces:
+            members[pair][parameter.name] = parameter.parameter
+            if region is not None:
+                regions[pair][parameter.name] = region
     treatments, model = rule_set.treatments, weakref.ref(module)
-    for pair in dict.fromkeys([*zip(*takers), *zip(*takers_of_others)]):  # frozen ones too, which may train later
+    others = [p for p in parameters if not p.parameter.requires_grad]  # which may train later
+    for pair in dict.fromkeys(piece.pair for pieces in [*every, *pieces_of(rule_set, others)] for piece in pieces):
         treatments[pair].check()
     groups = []
     for pair, name in rule_set.names.items():
         if members[pair]:
-            groups.append(DecayGroup(name, treatments[pair].rule, members[pair], model, treatments[pair].lr_rule))
-    return DecayGroups(groups, parameters, rule_set)
+            treated = treatments[pair]
+            groups.append(DecayGroup(name, treated.rule, members[pair], model, treated.lr_rule, regions[pair]))
+    cut = {parameter.name: pieces for parameter, pieces in zip(trainable, every) if len(pieces) > 1}
+    return DecayGroups(groups, parameters, rule_set, cut)
+
+
+def together(rules: RuleSet, pairs: Iterable[Pair], taken: Collection[str]) -> str:
+    """The name of the param group of tensors that have pieces in several groups."""
+    return unique_name(safe_name("-".join(rules.names[pair] for pair in pairs)), taken)
 
 
 def _refuse_stale(groups: Iterable[DecayGroup], module: nn.Module | None) -> None:
@@ -358,7 +430,7 @@ def _review(
     matchers: Sequence[Matcher],
     parameters: Sequence[ModelParameter],
     trainable: Sequence[ModelParameter],
-    taken_by: Sequence[int | None],
+    taken_by: Sequence[set[int | None]],
     problems: list[str],
     remarks: list[str],
 ) -> None:
@@ -366,7 +438,7 @@ def _review(
 
     Wrong are rules that take nothing, and patterns and classes that match nothing.
     """
-    used = set(taken_by)
+    used = {taker for takers in taken_by for taker in takers}
     for index, matcher in enumerate(matchers):
         rule = matcher.rule
         if rule.optional:
@@ -379,12 +451,13 @@ def _review(
         if problem is not None:
             problems.append(f"{label} {'is wrong in part' if index in used else 'takes nothing'}: {problem}")
         elif index not in used:
-            takers = [taker for p, taker in zip(trainable, taken_by) if taker is not None and matcher.takes(p)]
+            takers = [by - {None} for p, by in zip(trainable, taken_by) if by != {None} and matcher.takes(p)]
             earlier_ones = matchers[:index]
             frozen = (p for p in parameters if not p.parameter.requires_grad and matcher.takes(p))
             takes_frozen = any(not any(m.takes(p) for m in earlier_ones) for p in frozen)
             if takers and not takes_frozen:
-                earlier = ", ".join(f"rule {i + 1} {matchers[i].rule.selector_text!r}" for i in sorted(set(takers)))
+                numbers = sorted({number for by in takers for number in by if number is not None})
+                earlier = ", ".join(f"rule {i + 1} {matchers[i].rule.selector_text!r}" for i in numbers)
                 problems.append(
                     f"{label} takes nothing: the {len(takers)} trainable parameters that it matches are all taken by "
                     f"earlier rules, {earlier}; the first match wins, so move it before them"
@@ -393,10 +466,18 @@ def _review(
                 remarks.append(f"{label} takes frozen parameters only (requires_grad=False), so it makes no group")
 
 
-def table_row(name: str, rule: str, parameters: Iterable[Any], weight_decay: object, lr: object) -> list[str]:
+def table_row(
+    name: str,
+    rule: str,
+    parameters: Iterable[Any],
+    weight_decay: object,
+    lr: object,
+    regions: Iterable[Region | None] | None = None,
+) -> list[str]:
     """The cells of one group in a table under ``TABLE_HEADER``."""
     parameters = list(parameters)
-    return [name, rule, f"{len(parameters):,}", f"{numel_of(parameters):,}", _cell(weight_decay), _cell(lr)]
+    size = numel_of(parameters, regions)
+    return [name, rule, f"{len(parameters):,}", f"{size:,}", _cell(weight_decay), _cell(lr)]
 
 
 def total_row(parameters: Iterable[Any]) -> list[str]:
@@ -404,9 +485,24 @@ def total_row(parameters: Iterable[Any]) -> list[str]:
     return table_row(TOTAL, "", parameters, "", "")
 
 
-def numel_of(parameters: Iterable[Any]) -> int:
-    """The number of scalar parameters, of the whole parameters where they are sharded."""
-    return sum(original_shape(parameter).numel() for parameter in parameters)
+def numel_of(parameters: Iterable[Any], regions: Iterable[Region | None] | None = None) -> int:
+    """The number of scalar parameters, of the whole parameters where they are sharded; of parts of them, if any."""
+    shapes = map(original_shape, parameters)
+    every = itertools.repeat(None) if regions is None else regions
+    return sum(shape.numel() if region is None else region.numel(shape) for shape, region in zip(shapes, every))
+
+
+def _bytes_text(size: float) -> str:
+    """A size of memory.
+
+    >>> _bytes_text(900), _bytes_text(3 * 2**20)
+    ('900 B', '3 MiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"
 
 
 def _cell(value: object) -> str:

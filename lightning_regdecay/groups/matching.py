@@ -66,16 +66,6 @@ def first_takers(matchers: Sequence[Matcher], parameters: Iterable[ModelParamete
     return takers
 
 
-def taking_groups(rules: Sequence[Rule], parameters: Iterable[ModelParameter]) -> list[str | None]:
-    """The group of the first rule that takes each parameter, None where there is none."""
-    return group_names(rules, first_takers([Matcher(rule) for rule in rules], parameters))
-
-
-def group_names(rules: Sequence[Rule], takers: Iterable[int | None]) -> list[str | None]:
-    """The group of each of some rules that are told by their numbers, None where there is none."""
-    return [None if number is None else str(rules[number].group) for number in takers]
-
-
 class _Plan(NamedTuple):
     """What is known of the rules for all parameters of a kind."""
 

@@ -18,6 +18,8 @@ class _Flattened(NamedTuple):
     shape: torch.Size
     handle: weakref.ReferenceType[Any]
     """Its ``FlatParamHandle``."""
+    number: int
+    """Of the parameter in that."""
 
 
 _flattened: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -35,8 +37,8 @@ def remember_flattened_by(module: nn.Module) -> None:
     """The same, from one module, where that is a wrapper of FSDP1's."""
     handle = getattr(module, "_handle", None) if "_fsdp_wrapped_module" in module._modules else None
     if handle is not None and handle.flat_param._params is not None:
-        for parameter, shape in zip(handle.flat_param._params, handle.flat_param._shapes):
-            _flattened[parameter] = _Flattened(shape, weakref.ref(handle))
+        for number, (parameter, shape) in enumerate(zip(handle.flat_param._params, handle.flat_param._shapes)):
+            _flattened[parameter] = _Flattened(shape, weakref.ref(handle), number)
 
 
 def _flattened_by_fsdp1(tensor: torch.Tensor) -> _Flattened | None:
@@ -91,6 +93,24 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     if handle is None or not handle.uses_sharded_strategy or not handle.is_sharded(handle.flat_param):
         return tensor, 1
     return tensor, handle.process_group.size()
+
+
+def flat_place(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """From which element of a whole parameter to before which this process holds it flattened, None where it does not.
+
+    Raises:
+        ValueError: for a parameter under DeepSpeed ZeRO-3, or under FSDP1 of an unknown model.
+    """
+    if is_plain(tensor) or hasattr(tensor, "device_mesh"):
+        return None
+    if hasattr(tensor, "ds_tensor"):
+        raise ValueError("DeepSpeed ZeRO-3 holds flat parts of parameters, in which no rows or blocks are found")
+    flattened = _flattened_by_fsdp1(tensor)
+    handle = flattened.handle() if flattened is not None else None
+    if flattened is None or handle is None or tensor.shape == flattened.shape:
+        return None
+    held = handle.flat_param._shard_param_infos[flattened.number]
+    return (held.intra_param_start_idx, held.intra_param_end_idx + 1) if held.in_shard else (0, 0)
 
 
 def _local_part_of_dtensor(tensor: Any) -> tuple[torch.Tensor, int]:

@@ -8,11 +8,10 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_regdecay.groups.groups import NAMES_KEY, DecayGroups
+from lightning_regdecay.groups.groups import NAMES_KEY, DecayGroup, DecayGroups
 from lightning_regdecay.optim.checks import NO_WEIGHT_DECAY, check_decays, check_options
 from lightning_regdecay.optim.in_force import own_strengths, room_of
 from lightning_regdecay.optim.unnamed import same
-from lightning_regdecay.rules.schedules import STRENGTH_KEYS
 
 
 def check_signature(build: Callable[..., Any], name: str, argument: str, value: Any) -> None:
@@ -47,7 +46,8 @@ def build_over(groups: DecayGroups, build_optimizer: Callable[..., Any]) -> Any:
         ValueError: for an optimizer that knows no weight decay, is not over the groups, does not know their options, or
             has another λ than their rules.
     """
-    param_groups = [group.as_param_group_of_own_strength() for group in groups]
+    own = groups.own_param_groups()
+    param_groups = [asked for _, asked in own]
     try:
         optimizer = build_optimizer(param_groups)
     except ValueError as error:
@@ -60,13 +60,14 @@ def build_over(groups: DecayGroups, build_optimizer: Callable[..., Any]) -> Any:
     kind = type(optimizer).__name__
     check_decays([optimizer])
     _name_groups(optimizer, param_groups)
-    if [param_group.get("name") for param_group in optimizer.param_groups] != groups.names:
+    names = [asked["name"] for asked in param_groups]
+    if [param_group.get("name") for param_group in optimizer.param_groups] != names:
         raise ValueError(
-            f"{kind} was not built over the decay groups {groups.names}; build_optimizer must pass on the param_groups "
+            f"{kind} was not built over the decay groups {names}; build_optimizer must pass on the param_groups "
             "that it is given"
         )
     check_options(optimizer, groups)
-    _set_strengths(optimizer, groups, param_groups)
+    _set_strengths(optimizer, own)
     return optimizer
 
 
@@ -85,22 +86,22 @@ def _name_groups(optimizer: Any, given: Sequence[Mapping[str, Any]]) -> None:
             group[NAMES_KEY] = [names[id(parameter)] for parameter in group["params"]]
 
 
-def _set_strengths(optimizer: Any, groups: DecayGroups, given: Sequence[Mapping[str, Any]]) -> None:
+def _set_strengths(optimizer: Any, groups: Sequence[tuple[DecayGroup | None, Mapping[str, Any]]]) -> None:
     """Have the λ of the rules in an optimizer over decay groups.
 
     Raises:
         ValueError: for an optimizer that was made with another.
     """
     known = own_strengths(optimizer)  # of one that the model keeps from fit to fit
-    for group, own, asked in zip(groups, optimizer.param_groups, given):
-        if group.rule is not None and group.rule.decay_mult is not None:
+    for (group, asked), own in zip(groups, optimizer.param_groups):
+        if group is not None and group.rule is not None and group.rule.decay_mult is not None:
             if group.name not in known or known[group.name] != own.get("weight_decay"):
                 own["weight_decay"] = group.rule.decay_mult * (own.get("weight_decay") or 0.0)
         elif room_of(optimizer) is None:
-            for key in sorted((STRENGTH_KEYS | group.treatment.options.keys()) & asked.keys()):
+            for key in sorted(asked.keys() - {"params", "name", NAMES_KEY}):
                 if not same(own.get(key), asked[key]):
                     raise ValueError(
-                        f"group {group.name!r} has {key}={own.get(key)!r} in the {type(optimizer).__name__} that "
+                        f"group {asked['name']!r} has {key}={own.get(key)!r} in the {type(optimizer).__name__} that "
                         f"build_optimizer has made, and {asked[key]!r} by its rule; pass on the param_groups as they "
                         "are, and set that in the rules"
                     )

@@ -17,12 +17,16 @@ from lightning_regdecay.optim.decoupling import check_decoupled, reads_option
 from lightning_regdecay.optim.holders import innermost, is_deepspeed, refuse_numbered, shared_lists, with_held
 from lightning_regdecay.optim.layers import Layer, built_options, own_place
 from lightning_regdecay.optim.parting import Parting
-from lightning_regdecay.optim.parts import Parted
+from lightning_regdecay.optim.parts import Part, Parted
+from lightning_regdecay.optim.pulling import CANNOT
+from lightning_regdecay.optim.starts import Starts
 from lightning_regdecay.optim.step_room import StepRoom
+from lightning_regdecay.optim.trial import kind_of
 from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.schedules import OF_LR_TIMES_LAMBDA
 from lightning_regdecay.rules.selectors import equal_options
+from lightning_regdecay.rules.toward import START
 
 NO_WEIGHT_DECAY = "{optimizer} knows no weight decay, so decay rules cannot work with it; use one such as AdamW or SGD"
 _MOST_NAMED = 8  # parameters in a message
@@ -105,18 +109,41 @@ def _check_parts(family: list[Any], every: list[Parted], rooms: list[StepRoom], 
         raise ValueError(
             f"{kind} takes one param group, so rules cannot have several in its steps; use another optimizer"
         )
-    rules = {part.place.rule for parted in every for part in parted.parts if part.place.rule is not None}
+    places_of = [place for parted in every for part in parted.parts for place in part.place.each]
+    rules = {place.rule for place in places_of if place.rule is not None}
     if any(rule.weight_decay != 0 and rule.decay_mult != 0 for rule in rules):
         check_decays(family)
     for parted in every:
         for part in parted.parts:
-            schedule = part.place.schedule
-            if schedule is not None and schedule.schedule in OF_LR_TIMES_LAMBDA:
-                check_decoupled(innermost(family, parted.group), parted.group, part.place.group, schedule.schedule)
+            if part.pulls:
+                _check_by_element(innermost(family, parted.group), parted, part)
+            for place in part.place.each:
+                schedule = place.schedule
+                if schedule is not None and schedule.schedule in OF_LR_TIMES_LAMBDA:
+                    check_decoupled(innermost(family, parted.group), parted.group, place.group, schedule.schedule)
     has_factors = any(part.lr_mult is not None for parted in every for part in parted.parts)
     if is_cut or has_factors:  # without which `base_lrs` were noted
         known = [room.numbered for room in rooms if room.numbered is not None]
         refuse_numbered(family, among=known[0] if known else None)
+
+
+def _check_by_element(optimizer: Any, parted: Parted, part: Part) -> None:
+    """Raise where decay element by element is not the optimizer's own, or a start does not fit."""
+    group = part.place.each[0].group
+    if is_deepspeed(optimizer):
+        raise ValueError(
+            f"group {group!r} decays rows, blocks or toward a start, which cannot be under DeepSpeed: it steps "
+            "parameters of its own"
+        )
+    if kind_of(optimizer, parted.group) is None:
+        raise ValueError(CANNOT.format(group=group, kind=type(optimizer).__name__))
+    starts = Starts()
+    for parameter in part.group["params"]:
+        found = part.found.get(id(parameter))
+        for place in part.place.each:
+            rule = place.rule
+            if found is not None and rule is not None and rule.toward is not None and rule.start != START:
+                starts.given(parameter, found.name, rule)
 
 
 def check_decays(family: list[Any]) -> None:
@@ -167,8 +194,9 @@ def _warn_of_no_decay(every: list[Parted], kind: str, defaults: Any) -> None:
         for part in parted.parts:
             # Of theirs, a group that they leave without decay is meant to be without.
             decays_some = decays if parted.has_strengths else _weight_decay(parted, defaults)
-            if part.place.rule is not None and not decays_some:
-                rules[part.place.group] = part.place.rule
+            for place in part.place.each:
+                if place.rule is not None and not decays_some:
+                    rules[place.group] = place.rule
     for name, rule in rules.items():
         if rule.decay_mult:
             rank_zero_warn(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from types import CodeType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
 
+Kind: TypeAlias = Literal["coupled", "decoupled"]
 _COUPLED = (Adadelta, Adagrad, Adam, Adamax, ASGD, NAdam, RAdam, RMSprop, SGD)
 _DECOUPLED = tuple(getattr(torch.optim, name) for name in ("AdamW", "Adafactor", "Muon") if hasattr(torch.optim, name))
 
@@ -100,11 +101,17 @@ def is_decoupled(optimizer: Any, group: Mapping[str, Any]) -> bool | None:
 def _shrinks(optimizer: Any, options: dict[str, Any], lr: float, decay: float) -> bool:
     """Whether two steps of an optimizer like this one, without a gradient, multiply a weight by 1 - lr·λ each."""
     weight = torch.nn.Parameter(torch.ones(2, 2))
-    twin = type(optimizer)([{**options, "params": [weight], "lr": lr, "weight_decay": decay}], lr=lr)
-    # What is no option of a param group, such as `weight_decouple` of adabelief-pytorch (0.2).
-    kept = {name: value for name, value in vars(optimizer).items() if isinstance(value, (bool, int, float, str))}
-    vars(twin).update({name: value for name, value in kept.items() if name in vars(twin)})
+    twin = twin_of(optimizer, {**options, "params": [weight], "lr": lr, "weight_decay": decay})
     for _ in range(2):
         weight.grad = torch.zeros_like(weight)
         twin.step()
     return torch.allclose(weight, torch.full_like(weight, (1 - lr * decay) ** 2), rtol=1e-6)
+
+
+def twin_of(optimizer: Any, group: dict[str, Any]) -> Any:
+    """An optimizer like another, over one param group."""
+    twin = type(optimizer)([group], lr=group["lr"])
+    # What is no option of a param group, such as `weight_decouple` of adabelief-pytorch (0.2).
+    kept = {name: value for name, value in vars(optimizer).items() if isinstance(value, (bool, int, float, str))}
+    vars(twin).update({name: value for name, value in kept.items() if name in vars(twin)})
+    return twin

@@ -138,8 +138,8 @@ def groups_in_force(optimizer: Any) -> list[dict[str, Any]]:
 
     Returns:
         Dictionaries with all that the optimizer's own have (``params``, ``lr``, ``weight_decay``, …), and ``name`` and
-        ``param_names``; the list prints as a table. To be read: who sets something sets it in
-        ``optimizer.param_groups``.
+        ``param_names``; with parts of tensors, ``params`` are the tensors, and ``regions`` tells which part of each.
+        The list prints as a table. To be read: who sets something sets it in ``optimizer.param_groups``.
 
     Raises:
         TypeError: for what is no optimizer.
@@ -193,7 +193,7 @@ def in_force(optimizer: Any) -> list[InForce]:
     if room is None:
         return told(Parting(), optimizer.param_groups)
     groups = room.theirs(optimizer.param_groups)
-    return told(room.parting if room.is_armed or room.is_last_run() else Parting(), groups)
+    return told(room.parting if room.is_armed or room.is_last_run() else Parting(), groups, optimizer)
 
 
 def refresh(optimizer: Any) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from lightning_regdecay.groups.groups import NAMES_KEY, ON_META
 from lightning_regdecay.groups.places import Finds, Place, Places
 from lightning_regdecay.optim.layers import Layer, is_own, own_place
-from lightning_regdecay.optim.parts import Part, Parted, no_lists
+from lightning_regdecay.optim.parts import Part, Parted, Pull, no_lists
 from lightning_regdecay.optim.seen import Group
+from lightning_regdecay.optim.starts import Starts
 from lightning_regdecay.optim.strengths import Strengths, as_number, first_peak
 from lightning_regdecay.rules.schedules import FIELDS, PEAK_KEY, SCHEDULE_KEY, STEP_KEY, DecaySchedule, schedule_of
 
@@ -30,12 +31,15 @@ class Parting:
     def __init__(self, defaults: Mapping[str, Any] | None = None) -> None:
         self.layers: list[Layer] = []
         self.strengths = Strengths()
+        self.starts = Starts()
         self.defaults: Mapping[str, Any] = {} if defaults is None else defaults
         """The ``defaults`` of the optimizer that steps."""
         self.is_cut_anew = False
         """Whether param groups were cut that were not before."""
         self.has_news = True
         """Whether parameters came, or went."""
+        self.has_pulls = False
+        """Whether anything is decayed element by element."""
         self._parted: dict[int, Parted] = {}
         self._has_moved = self._has_several = False
 
@@ -65,6 +69,7 @@ class Parting:
                 self._follow(parted)
                 if parted.is_cut:
                     parted.take_changes()
+                    self._set_pulls(parted)
 
     def go_on(self, groups: list[Group]) -> None:
         """Take up, in the middle of a step, what a closure or a hook has set; λ that the optimizer has set stays."""
@@ -72,9 +77,22 @@ class Parting:
             for part in parted.parts if parted.has_strengths else ():
                 if not part.is_set:
                     self._set(part, parted)
+            if not parted.has_strengths:
+                self._set_pulls(parted)
+
+    def _set_pulls(self, parted: Parted) -> None:
+        """The λ of a param group that was built as decay group, where decay is done element by element."""
+        for part in parted.parts:
+            for pull in part.pulls:
+                pull.weight_decay = as_number(parted.group.get("weight_decay"))
 
     def _set(self, part: Part, parted: Parted) -> None:
-        if part.number is not None:
+        if part.pulls:
+            for pull in part.pulls:
+                pull.weight_decay = as_number(self._strength(pull.place, parted))
+                pull.held = None if pull.place.schedule is None else pull.weight_decay
+            part.set_weight_decay(0.0)
+        elif part.number is not None:
             if part.group.get("weight_decay") is part.number:
                 part.is_set = True
             else:
@@ -83,6 +101,14 @@ class Parting:
             value = self._strength(part.place, parted)
             part.held = None if part.schedule is None else value
             part.set_weight_decay(value)
+
+    def by_element(self, groups: Iterable[Group]) -> list[Part]:
+        """Those of some param groups, as they stand in a step, that are decayed element by element."""
+        if not self.has_pulls:
+            return []
+        ids = {id(group) for group in groups}
+        parts = (part for parted in self._parted.values() if parted.is_cut for part in parted.parts)
+        return [part for part in parts if part.pulls and id(part.group) in ids]
 
     def inside(self, group: Group) -> list[Group]:
         """What stands in the place of a param group in a step."""
@@ -183,8 +209,9 @@ class Parting:
         every = self._up_to_date(groups)
         for parted in every:
             for part in parted.parts if parted.has_strengths else ():
-                if part.schedule is not None:
-                    self._strength(part.place, parted)
+                for place in part.place.each:
+                    if place.schedule is not None:
+                        self._strength(place, parted)
             self._scheduled(parted)
         for parted in every:
             self._follow(parted)
@@ -212,21 +239,23 @@ class Parting:
         every = [layer.places.find() for layer in self.layers]
         return {key: found for finds in reversed(every) for key, found in finds.items()}
 
-    def strength_of(self, part: Part, parted: Parted) -> Any:
-        """λ of a part at its last step, or before that at the next one."""
+    def strength_of(self, part: Part | Pull, parted: Parted) -> Any:
+        """λ of a part, or of a piece of its tensors, at its last step, or before that at the next one."""
         if part.held is not None:
             return part.held
+        if parted.is_ours:
+            return parted.group.get("weight_decay")
         try:
             return self._strength(part.place, parted)
         except ValueError:  # before the run begins, its length is not known
-            return 0.0 if part.schedule is None else part.schedule.start or 0.0
+            return 0.0 if part.place.schedule is None else part.place.schedule.start or 0.0
 
     def absorb(self, other: Parting) -> None:
         """Take over the rules, and what is known of their param groups, from another."""
         mine = [layer.places.module() for layer in self.layers]
         self.layers += [layer for layer in other.layers if layer.places.module() not in mine]
         self._parted = {**other._parted, **self._parted}
-        self.strengths.absorb(other.strengths)
+        self.strengths.absorb(other.strengths)  # starts are in the state of the optimizer, or given anew
 
     def own_strengths(self, groups: Iterable[Group], places: Places) -> dict[str, Any]:
         """λ of each param group that was built as decay group of some rules, by its name, as they are today."""
@@ -286,8 +315,10 @@ class Parting:
             parted.divide(finds, self._is_ours(group, finds), not_lists)
             self.is_cut_anew |= parted.is_cut and len(parted.parts) > 1 and not was_cut
             self.is_cut_anew |= not parted.is_ours and any(part.place.options for part in parted.parts)
+            self.is_cut_anew |= not was_cut and any(part.pulls for part in parted.parts)
             self._note_schedule(parted, done)
             found.append(parted)
+        self.has_pulls = any(part.pulls for parted in self._parted.values() for part in parted.parts)
         if any(is_own(group, layer.places) for layer in self.layers for group in groups):
             for parted in found:
                 if NAMES_KEY not in parted.group and all(parted.names):
@@ -423,9 +454,8 @@ class Parting:
         parted.weight_decay = value
 
     def _warn_of_moved(self, parted: Parted) -> None:
-        by_number = [
-            part.place.group for part in parted.parts if part.place.rule and part.place.rule.decay_mult is None
-        ]
+        places = [place for part in parted.parts for place in part.place.each]
+        by_number = [place.group for place in places if place.rule and place.rule.decay_mult is None]
         if by_number and not self._has_moved:
             self._has_moved = True
             rank_zero_warn(
@@ -439,6 +469,8 @@ def _forget_held(parted: Parted) -> None:
     parted.weight_decay = None
     for part in parted.parts:
         part.held = None
+        for pull in part.pulls:
+            pull.held = None
 
 
 def _peak(parted: Parted) -> float:

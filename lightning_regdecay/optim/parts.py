@@ -17,17 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_regdecay.groups.places import OUTSIDE, Finds, Place
+from lightning_regdecay.groups.places import OUTSIDE, Finds, Found, Place
 from lightning_regdecay.optim.seen import NOTHING, Changes, Group, Seen, copied, is_mutable
 from lightning_regdecay.optim.strengths import as_number
 from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.schedules import LR_MULT_KEY, STEP_KEY, DecaySchedule
 
 
+class Pull:
+    """λ of the elements of a part that are in one decay group, where decay is done element by element."""
+
+    __slots__ = ("held", "place", "weight_decay")
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.weight_decay: float = 0.0
+        """λ of the step under way."""
+        self.held: float | None = None
+        """λ at the last step, where it is on a schedule."""
+
+
 class Part:
     """A copy of a param group with the parameters of one decay group and its λ."""
 
-    __slots__ = ("group", "held", "is_set", "lr_mult", "number", "numbers", "place", "rule", "seen")
+    __slots__ = ("found", "group", "held", "is_set", "lr_mult", "number", "numbers", "place", "pulls", "rule", "seen")
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -46,17 +59,25 @@ class Part:
         """λ at the last step, where it is on a schedule."""
         self.is_set = False
         """Whether λ is set for the step under way."""
+        self.pulls: list[Pull] = []
+        """Where decay is done element by element, for each piece of its tensors: then λ in it is 0."""
+        self.found: dict[int, Found] = {}
+        """Its parameters, by their ids, in the model."""
 
-    def put(self, place: Place, numbers: list[int], by_rule: bool, lr_mult: float | None) -> None:
+    def put(self, place: Place, found: Mapping[int, Found | None], by_rule: bool, lr_mult: float | None) -> None:
         """Give it the place, the parameters and the factor that it has from now on.
 
         Args:
             place: the place.
-            numbers: the numbers of its parameters in their param group.
+            found: by their numbers in their param group, its parameters.
             by_rule: whether its rule is to set λ in it.
             lr_mult: the factor on the lr of the param group.
         """
-        rule = place.rule if by_rule else None
+        numbers = list(found)
+        self.found = {id(one.parameter): one for one in found.values() if one is not None}
+        known = {pull.place: pull for pull in self.pulls}
+        self.pulls = [known.get(one) or Pull(one) for one in place.each] if place.is_by_element else []
+        rule = place.rule if by_rule and not self.pulls else None
         if self.rule is not None and rule is None:
             self.group.pop("weight_decay", None)  # that of the rule before, which takes it no more
         if self.lr_mult is not None and lr_mult is None:
@@ -69,6 +90,11 @@ class Part:
     def schedule(self) -> DecaySchedule | None:
         """The schedule of λ, where the rule has one."""
         return None if self.rule is None else self.place.schedule
+
+    @property
+    def sets_weight_decay(self) -> bool:
+        """Whether it has a λ of its own, not that of its param group."""
+        return self.rule is not None or bool(self.pulls)
 
     def set_weight_decay(self, value: Any) -> None:
         """Set λ; a tensor stays the same tensor, which spares a compiled step a compilation for each new value."""
@@ -157,7 +183,7 @@ class Parted:
     @property
     def is_scheduled(self) -> bool:
         """Whether a rule with a schedule takes members of it."""
-        return any(part.schedule is not None for part in self.parts)
+        return any(place.schedule is not None for part in self.parts for place in part.place.each)
 
     def is_up_to_date(self) -> bool:
         """Whether the group has the members that the parts were made of."""
@@ -185,11 +211,13 @@ class Parted:
             if part is None or part in self.parts:
                 part = Part(copy.copy(self.group))
                 part.group["params"] = []
-            part.put(place, own, not is_ours, _lr_mult_left(self.group, place) if is_ours else place.lr_mult)
+            lr_mult = _lr_mult_left(self.group, place) if is_ours else place.lr_mult
+            part.put(place, {number: found[number] for number in own}, not is_ours, lr_mult)
             self.parts.append(part)
         self.is_ours = is_ours
         self.is_cut = any(
-            part.lr_mult is not None or (not is_ours and part.place.rule is not None) for part in self.parts
+            part.lr_mult is not None or part.pulls or (not is_ours and part.place.rule is not None)
+            for part in self.parts
         )
         names = dict(zip(map(id, self.members or self._before), self.names))
         self.members = self._before = members
@@ -226,7 +254,7 @@ class Parted:
         if all(changes is NOTHING for changes in every):
             return
         for part, (changed, gone) in zip(self.parts, every):
-            by_rule = [] if part.rule is None else ["weight_decay"]
+            by_rule = ["weight_decay"] if part.sets_weight_decay else []
             for key in changed:
                 if key == "lr" and part.lr_mult is not None:
                     if part.lr_mult:  # which an optimizer has set itself
@@ -253,7 +281,9 @@ class Parted:
         own = part.group.get(key)
         if key == STEP_KEY:
             return
-        if key == "lr" and part.lr_mult is not None:
+        if key == "weight_decay" and part.pulls:
+            part.group[key] = 0.0
+        elif key == "lr" and part.lr_mult is not None:
             part.set_lr(value, part.lr_mult)
         elif self._is_list(key):
             entries = [value[number] for number in part.numbers]
@@ -271,7 +301,7 @@ class Parted:
     def _is_counted_in(self, part: Part, key: str) -> bool:
         """Whether an option is one that a part is to have a copy of, as something may be written into it."""
         value = self.group[key]
-        if key == "weight_decay" and part.rule is not None:
+        if key == "weight_decay" and part.sets_weight_decay:
             return isinstance(value, Tensor)
         if len(self.parts) == 1 or not (isinstance(value, Tensor) or is_mutable(value)):
             return False

@@ -272,9 +272,9 @@ def _step_by_layer(hung: _Hung, stepping: Stepping, args: tuple[Any, ...], kwarg
     optimizer: Any = hung.optimizer()
     under = hung.under
     step, given = (type(optimizer).step, (optimizer, *args)) if under is None else (under, args)
-    given, kwargs = stepping.with_closure_outside(_place_of_closure(step), given, kwargs)
     frame = sys._getframe()
     stepping.begin(optimizer, frame)
+    given, kwargs = stepping.with_closure_outside(_place_of_closure(step), given, kwargs)
     result = step(*given, **kwargs)
     stepping.end(optimizer, frame)
     stepping.go_in()

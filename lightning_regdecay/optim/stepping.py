@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from lightning_regdecay.optim.by_element import Lent
 from lightning_regdecay.optim.frames import (
     caller_of,
     flat_state_to_load,
@@ -27,6 +28,7 @@ from lightning_regdecay.optim.frames import (
 )
 from lightning_regdecay.optim.holders import shared_lists
 from lightning_regdecay.optim.parting import Parting
+from lightning_regdecay.optim.pulling import decay_parts, is_skipped
 from lightning_regdecay.optim.seen import Group, version_of
 from lightning_regdecay.rules.schedules import STEP_KEY
 
@@ -87,6 +89,8 @@ class _Level:
     optimizer: Any
     frame: FrameType
     """Of the function that runs it, which tells a step under way from one that ended by an exception."""
+    has_decayed: bool = False
+    """Whether what is decayed element by element was."""
 
 
 @dataclass
@@ -109,6 +113,12 @@ class _Step:
     """What is counted at its end."""
     is_watched: bool = False
     """Whether somebody has looked on since its gradients are there."""
+    lent: list[Lent] = field(default_factory=list)
+    """Gradients that stand in the place of others."""
+
+    def has_decayed(self, optimizer: Any) -> bool:
+        """Whether an optimizer has decayed in this step of its what is decayed element by element."""
+        return any(level.has_decayed for level in self.levels if level.optimizer is optimizer)
 
 
 class _Entry(NamedTuple):
@@ -154,6 +164,21 @@ class Stepping:
             step.is_watched = True
             for watcher in self.room.watchers:
                 watcher.before(step.levels[0].optimizer)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # likewise
+    def _gradients_are_there(self, step: _Step | None) -> None:
+        """The code of an optimizer goes on with the gradients that there are."""
+        self._let_watch(step)
+        optimizer: Any = step.levels[-1].optimizer if step is not None and step.levels else None
+        if step is None or not self.room.is_leaf(optimizer) or step.has_decayed(optimizer):
+            return
+        parts = self.room.parting.by_element(optimizer.param_groups)
+        if not parts:
+            return
+        for level in step.levels:
+            level.has_decayed |= level.optimizer is optimizer
+        if not is_skipped(optimizer):
+            step.lent += decay_parts(optimizer, parts, self.room.parting.starts)
 
     def after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """The first step post-hook: hooks of others come next."""
@@ -214,12 +239,21 @@ class Stepping:
         step = self._step
         if step is None:
             return
+        by_element = self.room.parting.by_element(optimizer.param_groups) if self.room.is_leaf(optimizer) else []
+        is_missed = bool(by_element) and not step.has_decayed(optimizer)
         self._take_out(step)
         depths = [depth for depth, level in enumerate(step.levels) if level.frame is frame]
         del step.levels[depths[-1] if depths else -1 :]
-        # By `found_inf` GradScaler lets fused optimizers skip a step.
-        if self.room.is_leaf(optimizer) and not bool(getattr(optimizer, "found_inf", None) or 0):
+        if all(level.optimizer is not optimizer for level in step.levels):
+            _give_back(step)
+        if self.room.is_leaf(optimizer) and not is_skipped(optimizer):
             step.done.append(optimizer)
+            self.room.parting.starts.keep(optimizer)
+        if is_missed:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} has stepped without calling its closure, so rows, blocks and starts of "
+                "decay rules were not in force in it"
+            )
         if not step.levels:
             step.counts = self._counts(step, optimizer)
             self._drop(step)
@@ -253,7 +287,7 @@ class Stepping:
             return args, {**kwargs, "closure": self.outside(kwargs["closure"])}
         if place is not None and place < len(args) and callable(args[place]):
             return (*args[:place], self.outside(args[place]), *args[place + 1 :]), kwargs
-        self._let_watch(self._step)
+        self._gradients_are_there(self._step)
         return args, kwargs
 
     def outside(self, closure: Callable[..., Any]) -> Callable[..., Any]:
@@ -264,6 +298,12 @@ class Stepping:
             step = self._step
             if step is None:
                 return closure(*args, **kwargs)
+            optimizer = step.levels[-1].optimizer if step.levels else None
+            if step.has_decayed(optimizer):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} calls its closure several times in a step, so rows, blocks and starts "
+                    "of decay rules cannot be in force in it"
+                )
             self._take_out(step)
             self._step = None
             try:
@@ -275,7 +315,7 @@ class Stepping:
                 raise
             self._step = step
             self._go_on(step)
-            self._let_watch(step)
+            self._gradients_are_there(step)
             return result
 
         return outside
@@ -369,6 +409,8 @@ class Stepping:
         """End a step; again, if it was interrupted here."""
         self._take_out(step)
         self._write_back(step)
+        _give_back(step)
+        self.room.parting.starts.forget_new()
         self.room.parting.set_counts(step.counts)
         self._step = None
 
@@ -416,6 +458,11 @@ class Stepping:
                     begun.add(id(group))
                 turns.add(first)
         return begun
+
+
+def _give_back(step: _Step) -> None:
+    while step.lent:
+        step.lent.pop().give_back()
 
 
 def _move_in(step: _Step) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from lightning_regdecay.groups.groups import NAMES_KEY, TABLE_HEADER, table_row, total_row
-from lightning_regdecay.groups.places import OUTSIDE
+from lightning_regdecay.groups.places import OUTSIDE, Found, Place
+from lightning_regdecay.groups.regions import Region
 from lightning_regdecay.groups.tables import Table, Tabular
 from lightning_regdecay.optim.parting import Parting
-from lightning_regdecay.optim.parts import Part, Parted
+from lightning_regdecay.optim.parts import Parted
 from lightning_regdecay.optim.seen import Group
 from lightning_regdecay.rules.names import safe_name, unique_name
+from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.schedules import STEP_KEY, DecaySchedule, schedule_of
 
 
@@ -26,11 +31,16 @@ class InForce:
         group: a copy of the param group or, where that is cut, of a part of it.
         text: the selectors of the rule that it is under, empty without one.
         schedule: the schedule of its λ.
+        regions: the part of each of its parameters that is in it, None for all of it.
+        starts: what this process holds of the weights that each of them decays toward, None for 0; nothing for a group
+            that has no start.
     """
 
     group: Group
     text: str
     schedule: DecaySchedule | None
+    regions: Sequence[Region | None] = ()
+    starts: Callable[[], list[Tensor | None]] | None = None
 
 
 class ParamGroupsInForce(Tabular, list[dict[str, Any]]):
@@ -39,76 +49,160 @@ class ParamGroupsInForce(Tabular, list[dict[str, Any]]):
     def __init__(self, every: Iterable[InForce]) -> None:
         every = list(every)
         super().__init__(one.group for one in every)
-        self._texts = [one.text for one in every]
+        self._every = every
 
     @property
     def table(self) -> Table:
         """The table, a row per group and one for all."""
         rows = [
-            table_row(str(g["name"]), text or "-", g["params"], _shown(g.get("weight_decay")), _shown(g.get("lr")))
-            for g, text in zip(self, self._texts)
+            table_row(
+                str(g["name"]),
+                one.text or "-",
+                g["params"],
+                _shown(g.get("weight_decay")),
+                _shown(g.get("lr")),
+                one.regions or None,
+            )
+            for g, one in zip(self, self._every)
         ]
-        return Table(TABLE_HEADER, [*rows, total_row(p for group in self for p in group["params"])])
+        members = {id(p): p for group in self for p in group["params"]}
+        return Table(TABLE_HEADER, [*rows, total_row(members.values())])
 
 
 def _shown(value: Any) -> Any:
     return "-" if value is None or isinstance(value, (list, tuple)) else float(value)
 
 
-def told(parting: Parting, groups: list[Group]) -> list[InForce]:
-    """Param groups as the optimizer steps over them, computed from what they and the rules are now."""
+@dataclass
+class _Entry:
+    """What is stepped over with one λ of one param group."""
+
+    label: str
+    key: Any
+    """The same for what is of one decay group, in param groups that are the user's to tell apart."""
+    group: Group
+    names: list[str]
+    text: str
+    schedule: DecaySchedule | None
+    found: list[Found | None] = field(default_factory=list)
+    regions: list[Region | None] = field(default_factory=list)
+    rule: DecayRule | None = None
+
+    def takes_in(self, other: _Entry) -> bool:
+        """Take in another of the same decay group, if its λ and lr are the same."""
+        if any(self.group.get(key) != other.group.get(key) for key in ("weight_decay", "lr")):
+            return False
+        self.group = {**self.group, "params": [*self.group["params"], *other.group["params"]]}
+        self.names, self.found = [*self.names, *other.names], [*self.found, *other.found]
+        self.regions = [*self.regions, *other.regions]
+        return True
+
+
+def told(parting: Parting, groups: list[Group], optimizer: Any = None) -> list[InForce]:
+    """Param groups as the optimizer steps over them, computed from what they and the rules are now.
+
+    Args:
+        parting: the rules in force.
+        groups: the param groups.
+        optimizer: the one that steps, whose state has the starts.
+    """
     every = parting.seen(groups)
+    entries: dict[Any, _Entry] = {}
+    for entry in _entries(parting, every):
+        known = entries.get(entry.key)
+        if known is None or not known.takes_in(entry):
+            entries[entry.key if known is None else object()] = entry
     found: list[InForce] = []
-    for parted, names in zip(every, _names(every)):
-        if parted.is_cut:
-            for part, name in zip(parted.parts, names):
-                text = part.place.text if part.place.is_ruled else ""
-                schedule = part.schedule if parted.has_strengths else schedule_of(parted.group)
-                names_inside = [parted.names[number] for number in part.numbers]
-                found.append(InForce(_copy(_of_part(parting, part, parted), name, names_inside), text, schedule))
-        else:
-            rules = {part.place.text for part in parted.parts if part.place.is_ruled}
-            text = rules.pop() if len(rules) == 1 else ""
-            found.append(InForce(_copy(parted.group, names[0], parted.names), text, schedule_of(parted.group)))
+    taken: set[str] = set()
+    for entry in entries.values():
+        name = unique_name(entry.label, taken)
+        taken.add(name)
+        starts, regions = None, entry.regions
+        if entry.rule is not None and entry.rule.toward is not None:
+            starts = functools.partial(_starts, parting, optimizer, entry.found, entry.rule)
+        if any(region is not None for region in regions):
+            entry.group["regions"] = ["all" if region is None else region.text for region in regions]
+        found.append(InForce(_copy(entry.group, name, entry.names), entry.text, entry.schedule, regions, starts))
     return found
 
 
-def _of_part(parting: Parting, part: Part, parted: Parted) -> Group:
-    group = {key: part.group.get(key, value) for key, value in parted.group.items() if key != STEP_KEY}
-    if part.rule is not None:
-        group["weight_decay"] = parting.strength_of(part, parted)
-    return group
+def _entries(parting: Parting, every: Sequence[Parted]) -> Iterator[_Entry]:
+    places = {(place.group, _scope(one)) for one in every for part in one.parts for place in part.place.each}
+    counts = Counter(name for name, _ in places)
+    for number, parted in enumerate(every):
+        scope, label = _scope(parted), functools.partial(_label, counts, number, parted)
+        if not parted.is_cut:
+            rules = {part.place.text for part in parted.parts if part.place.is_ruled}
+            text = rules.pop() if len(rules) == 1 else ""
+            only = parted.parts[0].place if len(parted.parts) == 1 else OUTSIDE
+            key: Any = object() if only is OUTSIDE else (only, scope)
+            regions: list[Region | None] = [None] * len(parted.names)
+            schedule = schedule_of(parted.group)
+            group = dict(parted.group)
+            yield _Entry(
+                label(only),
+                key,
+                group,
+                _known_names(group, parted.names),
+                text,
+                schedule,
+                [None] * len(regions),
+                regions,
+            )
+        for part in parted.parts if parted.is_cut else ():
+            inside, found = (
+                [parted.names[n] for n in part.numbers],
+                [part.found.get(id(p)) for p in part.group["params"]],
+            )
+            for at, place in enumerate(part.place.each):
+                group = {key: part.group.get(key, value) for key, value in parted.group.items() if key != STEP_KEY}
+                schedule = schedule_of(parted.group) if parted.is_ours else place.schedule
+                if part.pulls:
+                    group["weight_decay"] = parting.strength_of(part.pulls[at], parted)
+                elif part.rule is not None:
+                    group["weight_decay"] = parting.strength_of(part, parted)
+                regions = [one.regions[at] if one is not None and part.pulls else None for one in found]
+                text = place.text if place.is_ruled else ""
+                key = object() if place is OUTSIDE else (place, scope)
+                yield _Entry(
+                    label(place), key, group, _known_names(group, inside), text, schedule, found, regions, place.rule
+                )
+
+
+def _starts(parting: Parting, optimizer: Any, found: Iterable[Found | None], rule: DecayRule) -> list[Tensor | None]:
+    known = parting.starts.known
+    return [None if one is None else known(optimizer, one.parameter, one.name, rule) for one in found]
+
+
+def _scope(parted: Parted) -> Any:
+    """What tells param groups apart: those that were built over decay groups are no one's but the rules'."""
+    return NAMES_KEY if NAMES_KEY in parted.group else id(parted.group)
+
+
+def _label(counts: Mapping[str, int], number: int, parted: Parted, place: Place) -> str:
+    """What is stepped over is called after its decay group.
+
+    Where that is in several param groups, their name or number is put in front. What is not cut has the name that it
+    was given, or is called in the same way, or by its number.
+    """
+    given = parted.group.get("name")
+    front = safe_name(str(number if given is None else given))
+    places = [one for part in parted.parts for one in part.place.each]
+    is_whole = not parted.is_cut or (parted.is_ours and len(places) == 1)
+    if is_whole and (given is not None or len(places) != 1 or place is OUTSIDE):
+        return front
+    return place.group if counts[place.group] == 1 else f"{front}.{place.group}"
 
 
 def _copy(group: Group, name: str, names: list[str]) -> Group:
-    given = group.get(NAMES_KEY) or group.get("param_names") or names
     copied = {key: copy.copy(value) if isinstance(value, list) else value for key, value in group.items()}
     copied.pop(NAMES_KEY, None)
+    return {**copied, "name": name, "param_names": list(names)}
+
+
+def _known_names(group: Group, names: list[str]) -> list[str]:
+    """The names of parameters in the model, or as far as these are not known those that the param group has."""
+    given = group.get(NAMES_KEY) or group.get("param_names") or names
     if any(names):  # DeepSpeed has put others in the place of the parameters
         given = [own or other for own, other in zip(names, given)]
-    return {**copied, "name": name, "param_names": list(given)}
-
-
-def _names(every: list[Parted]) -> list[list[str]]:
-    """The names of the parts of each param group, or one for a param group that is not cut.
-
-    A part is called after its decay group; where that has parts in several param groups, their name or number is put in
-    front. What is not cut has the name that it was given, or is called in the same way, or by its number.
-    """
-    counts = Counter(part.place.group for parted in every for part in parted.parts)
-    taken: set[str] = set()
-    found: list[list[str]] = []
-    for number, parted in enumerate(every):
-        given = parted.group.get("name")
-        front = safe_name(str(number if given is None else given))
-        places = [part.place for part in parted.parts]
-        is_whole = not parted.is_cut or (parted.is_ours and len(places) == 1)
-        if is_whole and (given is not None or len(places) != 1 or places[0] is OUTSIDE):
-            labels = [front]
-        else:
-            labels = [p.group if counts[p.group] == 1 else f"{front}.{p.group}" for p in places]
-        found.append([])
-        for label in labels:
-            found[-1].append(unique_name(label, taken))
-            taken.add(found[-1][-1])
-    return found
+    return list(given)

@@ -11,6 +11,7 @@ import yaml  # type: ignore[import-untyped]
 from lightning_regdecay.rules.forms import KINDS, DecayRules, LrRules, parse_lr_rules, parse_rules, shortest_rules
 from lightning_regdecay.rules.scalars import number_of
 from lightning_regdecay.rules.selectors import Rule
+from lightning_regdecay.rules.toward import GivenStart
 
 
 def rules_as_yaml(rules: DecayRules, *, lr_rules: LrRules | None = None) -> str:
@@ -52,6 +53,10 @@ def _check(rules: Sequence[Rule]) -> None:
                 f"{label}: where is a function, which text cannot hold; select by params, modules, min_ndim and "
                 "max_ndim instead, or leave this rule in code"
             )
+        if callable(getattr(rule, "rows", None)):
+            raise ValueError(f"{label}: rows is a function, which text cannot hold; write a slice, or a list of rows")
+        if isinstance(getattr(rule, "toward", None), GivenStart):
+            raise ValueError(f"{label}: toward is a state dict, which text cannot hold; write the path of a file")
         for name, value in rule.options.items():
             if not _is_plain(value):
                 raise ValueError(f"{label}: the option {name!r} is {value!r}, which is no plain data; set it in code")

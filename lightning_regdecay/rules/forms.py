@@ -88,8 +88,9 @@ def parse_as(rules: DecayRules, kind: type[_Rule]) -> tuple[_Rule, ...]:
     for name, rule in parsed:
         if rule.group is None:
             rule = replace(rule, group=unique_name(name, taken))
-            taken.add(str(rule.group))
-        named.append(rule)
+        pieces = rule.one_by_one()
+        taken.update(str(piece.group) for piece in pieces)
+        named += pieces
     _check_agreement(named)
     return tuple(named)
 
@@ -297,7 +298,7 @@ def _check_agreement(rules: Sequence[Rule]) -> None:
     first: dict[str | None, Rule] = {}
     for rule in rules:
         other = first.setdefault(rule.group, rule)
-        for name in dict.fromkeys((*rule.FIRST, "lr_mult", "options")):
+        for name in (*rule.FIRST, *rule.AGREED):
             if not equal_options(getattr(rule, name), getattr(other, name)):
                 raise ValueError(
                     f"the rules {other.selector_text!r} and {rule.selector_text!r} share the group {rule.group!r} but "

@@ -34,6 +34,8 @@ class Rule:
     """What messages call it."""
     FIRST: ClassVar[tuple[str, ...]] = ()
     """The fields of its own quantity, which come first; the first of them stands alone in ``{pattern: value}``."""
+    AGREED: ClassVar[tuple[str, ...]] = ("lr_mult", "options")
+    """Other fields on which rules of one group must agree."""
 
     params: str | Sequence[str] = ()
     modules: str | type | Sequence[str | type] = ()
@@ -81,6 +83,15 @@ class Rule:
         alone = self.FIRST[0]
         parts = [f"{name}={value!r}" for name, value in given.items() if name != alone]
         return f"{type(self).__name__}({', '.join([repr(getattr(self, alone))] * (alone in given) + parts)})"
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it takes a part of each tensor."""
+        return False
+
+    def one_by_one(self) -> list[Any]:
+        """A rule for each thing that it takes, itself where that is one only."""
+        return [self]
 
     @property
     def selector_text(self) -> str:
@@ -260,4 +271,4 @@ def shorter(value: Any) -> Any:
     """Selectors as a user would write them: one alone, several in a list."""
     if not isinstance(value, tuple):
         return value
-    return value[0] if len(value) == 1 else list(value)
+    return value[0] if len(value) == 1 and not isinstance(value[0], int) else list(value)  # numbers of rows are a list
