@@ -7,7 +7,6 @@ import inspect
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,11 @@ from lightning_regdecay.optim.building import build_over, check_signature
 from lightning_regdecay.optim.configs import lr_schedulers_in, optimizers_in
 from lightning_regdecay.optim.in_force import put_in_force, rooms_in_force
 from lightning_regdecay.optim.resuming import carry_over_by_name
-from lightning_regdecay.optim.saved_states import groups_in_folder
+from lightning_regdecay.optim.saved_states import look_into_checkpoints, sharded_checkpoint
 from lightning_regdecay.retrofit import RulesForAFit, logged_rules
 from lightning_regdecay.rules.crossing import GivenRules
 from lightning_regdecay.rules.forms import KINDS, DecayRules, LrRules, copied_rules, plain_rules
 from lightning_regdecay.rules.scalars import nonnegative_number, true_or_false
-from lightning_regdecay.rules.schedules import STEP_KEY
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule as _Base
@@ -249,7 +247,8 @@ def configure_own(module: Any, build_optimizer: Callable[..., Any], build_lr_sch
     scheduler = build_lr_scheduler(optimizer)
     config = optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
     _carry_over(optimizer, module, list(lr_schedulers_in(config)))
-    put_in_force([optimizer], module, groups)
+    reference = weakref.ref(module)
+    look_into_checkpoints(put_in_force([optimizer], module, groups), lambda: getattr(reference(), "_trainer", None))
     return config
 
 
@@ -268,21 +267,7 @@ def _carry_over(optimizer: Any, module: Any, lr_schedulers: list[Any]) -> None:
     def steps_done() -> int:
         return 0 if trainer() is None else int(trainer().global_step)
 
-    carry_over_by_name(optimizer, module, schedulers, lambda: _sharded_checkpoint(trainer()), steps_done)
-
-
-def _sharded_checkpoint(trainer: Any) -> Any:
-    """The checkpoint that the strategy is loading by itself into sharded parameters."""
-    if trainer is None or trainer.strategy.lightning_restore_optimizer:
-        return None
-    return trainer.ckpt_path if any(hasattr(p, "device_mesh") for p in trainer.model.parameters()) else None
-
-
-def _has_counts(checkpoint: Any) -> bool:
-    """Whether optimizer steps are counted in a sharded checkpoint; also where there is none."""
-    if checkpoint is None or not Path(checkpoint).is_dir():
-        return True
-    return any(STEP_KEY in group for groups in groups_in_folder(Path(checkpoint)) for group in groups)
+    carry_over_by_name(optimizer, module, schedulers, lambda: sharded_checkpoint(trainer()), steps_done)
 
 
 def _put_in_force(config: Any, module: Any, groups: DecayGroups) -> None:
@@ -290,8 +275,7 @@ def _put_in_force(config: Any, module: Any, groups: DecayGroups) -> None:
     optimizers = list(optimizers_in(config))
     rooms = rooms_in_force(optimizers, module, groups.rule_set) or put_in_force(optimizers, module, groups)
     reference = weakref.ref(module)
-    for room in rooms:
-        room.counts_in_checkpoint = lambda: _has_counts(_sharded_checkpoint(getattr(reference(), "_trainer", None)))
+    look_into_checkpoints(rooms, lambda: getattr(reference(), "_trainer", None))
 
 
 def _with_rules_in_force(configure: Callable[..., Any]) -> Callable[..., Any]:

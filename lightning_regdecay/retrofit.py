@@ -18,6 +18,7 @@ from lightning_regdecay.optim.checks import warn_of_lrs, warn_of_strays
 from lightning_regdecay.optim.holders import unwrapped
 from lightning_regdecay.optim.in_force import armed_for, every_room, has_members, put_in_force, rooms_in_force
 from lightning_regdecay.optim.resuming import stop_carrying
+from lightning_regdecay.optim.saved_states import look_into_checkpoints
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.optim.witness import StrayWitness, Witness
 from lightning_regdecay.rules.crossing import GivenRules, RuleSet, parse_rule_set
@@ -218,8 +219,14 @@ class RulesForAFit(AnyCallback):
             rooms = put_in_force(trainer.optimizers, model, groups, all_of_them=True)
         if _is_deepspeed(trainer) and any(room.parting.has_cut() for room in rooms):
             by_factor = all(room.parting.has_factors() for room in rooms)
+            by_element = any(room.parting.has_pulls for room in rooms)
             for room in rooms:
                 room.disarm()
+            if by_element:
+                raise MisconfigurationException(
+                    "DeepSpeed steps parameters of its own, so that rules for rows and blocks of tensors, and those "
+                    "that decay toward a start, cannot be in force; give whole tensors a λ, as in {'*': 0.05}"
+                )
             if by_factor:
                 raise MisconfigurationException(
                     "DeepSpeed steps parameters of its own, so that lr_mult cannot be in force, a factor on the lr at "
@@ -231,6 +238,8 @@ class RulesForAFit(AnyCallback):
             )
         self._witnesses = [one for one in self._witnesses if any(one.room is room for room in rooms)]
         reference, max_epochs = weakref.ref(trainer), self._max_epochs
+        if not self._is_under_way:
+            look_into_checkpoints(rooms, reference)
         for room in rooms:
             room.parting.strengths.ask = lambda: _run_length(reference(), max_epochs)
             room.parting.strengths.steps_done = lambda: _steps_done(reference())

@@ -11,7 +11,7 @@ from lightning_regdecay.rules.names import hint
 
 FIGURES = {
     "l2_norm": "‖w‖₂ over all elements (unit of the weights)",
-    "penalty": "½·λ·‖w‖₂² (unit of the loss)",
+    "penalty": "½·λ·‖w‖₂², toward a start ½·λ·‖w - w₀‖₂² (unit of the loss)",
     "weight_decay": "λ, as the optimizer holds it",
     "rms": "‖w‖₂/√n (unit of the weights), to compare groups and models of any size",
     "decay_per_step": "lr·λ now: the part of the weights that a step takes, or coupled the pull of λ·w at momentum 0",
@@ -19,9 +19,10 @@ FIGURES = {
     "equilibrium": "rms/√(lr/(2·λ)): 1 is where the norms of Adam-like decoupled optimizers come to rest",
     "grad_norm": "‖g‖₂ of the gradients that the step goes by, after clipping (unit of loss per weight)",
     "update_ratio": "‖Δw‖₂/‖w‖₂ of the step",
-    "decay_share": "lr·λ·‖w‖₂/‖Δw‖₂: decay beside the whole update of the step, for decoupled optimizers",
+    "decay_share": "lr·λ·‖w‖₂/‖Δw‖₂ (of w - w₀ toward a start): decay beside the whole update of the step, decoupled",
     "angle": "the angle between w before and after the step, in radians",
     "equilibrium_angle": "√(2·lr·λ·(1-β₁)/(1+β₁)): the angle of a step where Adam-like norms are at rest, in radians",
+    "distance": "‖w - w₀‖₂ of groups that decay toward a start (unit of the weights)",
     "largest": "the largest rms among the tensors of the group, which ``largest`` of the monitor names",
 }
 """Every figure by its name, with what it is.
@@ -53,6 +54,8 @@ class Measured:
         update: ‖Δw‖₂ of it.
         decay_of_step: lr·λ of it.
         largest: the largest rms among the tensors.
+        distance: ‖w - w₀‖₂, None for what decays toward 0.
+        distance_before: the same before the step that was looked at.
     """
 
     norm: float
@@ -67,6 +70,8 @@ class Measured:
     update: float | None = None
     decay_of_step: float | None = None
     largest: float | None = None
+    distance: float | None = None
+    distance_before: float | None = None
 
     @property
     def rms(self) -> float:
@@ -120,13 +125,16 @@ def figure(name: str, of: Measured) -> float | str | None:
         return of.norm
     if name == "penalty":
         # No decay is no penalty, also where the norm is infinite.
-        return 0.5 * of.weight_decay * of.norm**2 if of.weight_decay else 0.0
+        pulled = of.norm if of.distance is None else of.distance
+        return 0.5 * of.weight_decay * pulled**2 if of.weight_decay else 0.0
     if name == "weight_decay":
         return of.weight_decay
     if name == "rms":
         return of.rms
     if name == "largest":
         return of.largest
+    if name == "distance":
+        return of.distance
     if name == "grad_norm":
         return of.gradient
     if name == "update_ratio":
@@ -144,8 +152,11 @@ def figure(name: str, of: Measured) -> float | str | None:
     if name == "half_life":
         return math.log(2) / per_step if per_step > 0 else None
     if name == "decay_share":
-        known = of.update and of.before is not None and of.decay_of_step is not None
-        return of.decay_of_step * of.before / of.update if known else None  # type: ignore[operator]
+        pulled_before = of.before if of.distance is None else of.distance_before
+        known = of.update and pulled_before is not None and of.decay_of_step is not None
+        return of.decay_of_step * pulled_before / of.update if known else None  # type: ignore[operator]
+    if of.distance is not None:
+        return "it decays toward a start, and where norms come to rest is known of decay toward 0 alone"
     if not of.is_adam_like:
         return "the optimizer is not like Adam, of which alone it is known where norms come to rest"
     if not per_step > 0:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lightning_regdecay.groups.groups import DecayGroup, DecayGroups, build_decay_groups, numel_of
 from lightning_regdecay.groups.patterns import name_patterns
+from lightning_regdecay.groups.regions import NOTHING, Region
 from lightning_regdecay.groups.tables import preformatted
 from lightning_regdecay.rules.forms import DecayRules, LrRules
 from lightning_regdecay.rules.selectors import equal_options
@@ -25,11 +26,13 @@ class Move:
         before: the group that they were in.
         after: the group that they come to.
         params: parameter name to parameter, in the order of the model.
+        regions: by the name of a parameter, the part of it that moves, where that is not all of it.
     """
 
     before: DecayGroup
     after: DecayGroup
     params: Mapping[str, nn.Parameter]
+    regions: Mapping[str, Region] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Move({self.before.name!r} → {self.after.name!r}, {len(self.params)} tensors)"
@@ -37,7 +40,7 @@ class Move:
     @property
     def numel(self) -> int:
         """The number of scalar parameters, of the whole parameters where they are sharded."""
-        return numel_of(self.params.values())
+        return numel_of(self.params.values(), map(self.regions.get, self.params))
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,14 +58,18 @@ class Comparison:
     moves: tuple[Move, ...]
 
     def __str__(self) -> str:
-        everything = [parameter for group in self.before for parameter in group.params.values()]
-        moved = [parameter for move in self.moves for parameter in move.params.values()]
+        everything = {name: parameter for group in self.before for name, parameter in group.params.items()}
+        moved = {name for move in self.moves for name in move.params}
         tensors = f"{len(moved):,} of {len(everything):,} tensors move"
-        lines = [f"{tensors}, {numel_of(moved):,} of {numel_of(everything):,} parameters"]
+        numel = sum(move.numel for move in self.moves)
+        lines = [f"{tensors}, {numel:,} of {numel_of(everything.values()):,} parameters"]
         for move in self.moves:
             size = f"{len(move.params):,} tensors, {move.numel:,} parameters"
             lines.append(f"{_group_text(move.before)} → {_group_text(move.after)}: {size}")
-            patterns = name_patterns(move.params)
+            parts: dict[str, list[str]] = {}
+            for name in move.params:
+                parts.setdefault(move.regions[name].text if name in move.regions else "", []).append(name)
+            patterns = [f"{line} {text}".rstrip() for text, names in parts.items() for line in name_patterns(names)]
             lines += [f"  {pattern}" for pattern in patterns[:_MOST_PATTERNS]]
             if len(patterns) > _MOST_PATTERNS:
                 lines.append(f"  … and {len(patterns) - _MOST_PATTERNS:,} lines more")
@@ -116,21 +123,42 @@ def compare(
     """
     groups_before = build_decay_groups(module, before, lr_rules=lr_before, strict=strict)
     groups_after = build_decay_groups(module, after, lr_rules=lr_after, strict=strict)
-    becomes = {name: group for group in groups_after for name in group.params}
+    becomes: dict[str, list[DecayGroup]] = {}
+    for group in groups_after:
+        for name in group.params:
+            becomes.setdefault(name, []).append(group)
     moves = []
     for group in groups_before:
         moved: dict[str, dict[str, nn.Parameter]] = {}
+        regions: dict[str, dict[str, Region]] = {}
         for name, parameter in group.params.items():
-            if not equal_options(_treatment(group), _treatment(becomes[name])):
-                moved.setdefault(becomes[name].name, {})[name] = parameter
-        moves += [Move(group, other, moved[other.name]) for other in groups_after if other.name in moved]
+            for other in becomes[name]:
+                both = _in_both(group.regions.get(name), other.regions.get(name))
+                if both is not NOTHING and not equal_options(_treatment(group), _treatment(other)):
+                    moved.setdefault(other.name, {})[name] = parameter
+                    if both is not None:
+                        regions.setdefault(other.name, {})[name] = both
+        moves += [
+            Move(group, other, moved[other.name], regions.get(other.name, {}))
+            for other in groups_after
+            if other.name in moved
+        ]
     return Comparison(groups_before, groups_after, tuple(moves))
+
+
+def _in_both(a: Region | None, b: Region | None) -> Region | None:
+    """What two groups have in common of a parameter, None for all of it."""
+    if a is None or b is None:
+        return a or b
+    return a.common(b)
 
 
 def _treatment(group: DecayGroup) -> Any:
     """What the optimizer does with a group; one of no rule keeps its own λ and lr, which is 1 times these."""
     rule, treatment = group.rule, group.treatment
-    strength = (None, 1.0) if rule is None else (rule.weight_decay, rule.decay_mult)
+    strength: Any = (None, 1.0) if rule is None else (rule.weight_decay, rule.decay_mult)
+    if rule is not None and rule.toward is not None:
+        strength = (*strength, rule.toward)
     lr_mult = 1.0 if treatment.lr_mult is None and "lr" not in treatment.options else treatment.lr_mult
     return strength, lr_mult, treatment.options
 

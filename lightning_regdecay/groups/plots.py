@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_regdecay.groups.parameters import ModelParameter, class_of
 from lightning_regdecay.groups.patterns import put_together, split
+from lightning_regdecay.groups.regions import Region
 from lightning_regdecay.rules.plots import WEIGHT_DECAY, check_axes, pyplot
 from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.schedules import DecaySchedule
@@ -79,15 +80,23 @@ def plot_groups(groups: Sequence[Any], parameters: Sequence[ModelParameter], ax:
 
 def _rows(groups: Iterable[Any], parameters: Iterable[ModelParameter]) -> list[_Row]:
     """The rows, in the order of the model; layers that are alike share one."""
-    group_of = {name: group.name for group in groups for name in group.params}
+    groups_of: dict[str, list[tuple[str, Region | None]]] = {}
+    for group in groups:
+        for name in group.params:
+            groups_of.setdefault(name, []).append((group.name, group.regions.get(name)))
     modules: dict[str, list[_Cell]] = {}
     labels: dict[str, str] = {}
     for parameter in parameters:
         for place in parameter.places:
             path, _, name = place.name.rpartition(".")
             labels.setdefault(path, path or f"({class_of(place.module).__name__})")
-            cell = _Cell(name, group_of.get(parameter.name), tied=place is not parameter)
-            modules.setdefault(path, []).append(cell)
+            tied = place is not parameter
+            cells = modules.setdefault(path, [])
+            for group, region in groups_of.get(parameter.name, ()):
+                part = name if region is None else f"{name} {region.label or region.text}"
+                cells.append(_Cell(part, group, tied=tied))
+            if parameter.name not in groups_of:
+                cells.append(_Cell(name, None, tied=tied))
     alike: dict[tuple[str, tuple[_Cell, ...]], list[list[int]]] = {}
     for path, cells in modules.items():
         template, numbers = split(labels[path])

@@ -60,9 +60,23 @@ class Region:
         labels = ", ".join(dict.fromkeys(label for label in (self.label, other.label) if label))
         return Region(self.dim, self.size, _merged([*self.ranges, *other.ranges]), labels)
 
+    def common(self, other: Region) -> Region:
+        """What is in both, along the dimension of this one; ``NOTHING`` where nothing is.
+
+        Along different dimensions, which only two sets of rules can have, this one stands for what they have in common.
+        """
+        if self.dim != other.dim:
+            return self
+        ranges = tuple(_common(self.ranges, other.ranges))
+        return Region(self.dim, self.size, ranges) if ranges else NOTHING
+
     def overlaps(self, other: Region) -> bool:
         """Whether two regions of one tensor have elements in common; those along other dimensions always have."""
         return self.dim != other.dim or bool(_common(self.ranges, other.ranges))
+
+
+NOTHING = Region(0, 0, ())
+"""No slice at all."""
 
 
 def rest_of(regions: Iterable[Region]) -> Region | None:
@@ -292,10 +306,17 @@ def _selection(dim: int, ranges: tuple[Range, ...]) -> Selection:
     return Selection(dim, (), torch.cat([torch.arange(start, stop) for start, stop in ranges]))
 
 
-def held_parts(tensor: Tensor, region: Region | None) -> Iterator[tuple[Tensor, int]]:
-    """What this process holds of a region of a tensor, in parts, and into how many the whole is cut among processes."""
-    part, shards = local_part(tensor)
-    where = selection(tensor, region)
+def held_parts(parameter: Tensor, region: Region | None, values: Tensor | None = None) -> Iterator[tuple[Tensor, int]]:
+    """What this process holds of a region of a parameter, in parts, and into how many the whole is cut among processes.
+
+    Args:
+        parameter: the parameter.
+        region: the region, None for all of it.
+        values: what this process holds of something that is cut as the parameter is; by default of itself.
+    """
+    own, shards = local_part(parameter)
+    part = own if values is None else values
+    where = selection(parameter, region)
     parts = [part] if where is None else where.parts(part)
     for one in parts or [part.new_empty(0)]:  # where it holds nothing, it takes part all the same
         yield one, shards

@@ -407,7 +407,7 @@ def _came(room: StepRoom) -> None:
 def _loaded(optimizer: Any) -> None:
     room = _rooms.get(optimizer)
     if room is not None:
-        room.counts_in_checkpoint = lambda: True  # what is saved from now on is this run
+        room.counts_in_checkpoint = room.starts_in_checkpoint = lambda: True  # what is saved from now on is this run
         room.parting.loaded(optimizer.param_groups, lambda is_told: _steps_counted(optimizer, room, is_told))
 
 

@@ -16,6 +16,7 @@ from lightning_regdecay.optim.parts import Part, Parted, Pull, no_lists
 from lightning_regdecay.optim.seen import Group
 from lightning_regdecay.optim.starts import Starts
 from lightning_regdecay.optim.strengths import Strengths, as_number, first_peak
+from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.schedules import FIELDS, PEAK_KEY, SCHEDULE_KEY, STEP_KEY, DecaySchedule, schedule_of
 
 SEVERAL = (
@@ -109,6 +110,17 @@ class Parting:
         ids = {id(group) for group in groups}
         parts = (part for parted in self._parted.values() if parted.is_cut for part in parted.parts)
         return [part for part in parts if part.pulls and id(part.group) in ids]
+
+    def with_starts(self, groups: list[Group]) -> list[tuple[Tensor, DecayRule]]:
+        """The parameters of some param groups that decay toward a start, with their rules."""
+        parts = [part for parted in self._up_to_date(groups) for part in parted.parts if part.pulls]
+        places = [(part, place) for part in parts for place in part.place.each]
+        return [
+            (parameter, place.rule)
+            for part, place in places
+            if place.rule is not None and place.rule.toward is not None
+            for parameter in part.group["params"]
+        ]
 
     def inside(self, group: Group) -> list[Group]:
         """What stands in the place of a param group in a step."""
@@ -404,10 +416,15 @@ class Parting:
         return next((layer.own[name] for layer in self.layers if name in layer.own), other)
 
     def _is_ours(self, group: Group, finds: Finds) -> bool:
-        """Whether a param group is one that was built as decay group, with the parameters that it is to have."""
+        """Whether a param group is one that was built as decay group, with the parameters that it is to have.
+
+        Tensors with pieces in several groups are in a param group of theirs, which has the λ of none of them.
+        """
         for layer in self.layers:
             place = own_place(group, layer.places)
             if place is not None:
+                if place.pieces:
+                    return False
                 found = (finds.get(id(parameter)) for parameter in group["params"])
                 return all(one is None or one.place is place for one in found)
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,9 @@ import torch
 
 from lightning_regdecay.groups.groups import NAMES_KEY
 from lightning_regdecay.groups.parameters import ModelParameter, plain_name
+from lightning_regdecay.optim.starts import START_KEY
 from lightning_regdecay.optim.unnamed import names_by_order
+from lightning_regdecay.rules.schedules import STEP_KEY
 
 IDENTITY_KEYS = {"params", "param_names", "name", NAMES_KEY}
 """What a param group is, beside how it is trained."""
@@ -94,6 +96,46 @@ def _with_prefix(given: set[str], known: Collection[str]) -> dict[str, str]:
             "that it is of, or start the run from the weights alone"
         )
     return fitting[0]
+
+
+def sharded_checkpoint(trainer: Any) -> Any:
+    """The checkpoint that the strategy of a Trainer is loading by itself into sharded parameters, None without one."""
+    if trainer is None or trainer.strategy.lightning_restore_optimizer:
+        return None
+    return trainer.ckpt_path if any(hasattr(p, "device_mesh") for p in trainer.model.parameters()) else None
+
+
+def look_into_checkpoints(rooms: Iterable[Any], trainer: Callable[[], Any]) -> None:
+    """Let rooms look into the sharded checkpoint that is being loaded, should there be one, for what is theirs in it.
+
+    Args:
+        rooms: of optimizers.
+        trainer: tells the Trainer.
+    """
+
+    def folder() -> Path | None:
+        checkpoint = sharded_checkpoint(trainer())
+        return Path(checkpoint) if checkpoint is not None and Path(checkpoint).is_dir() else None
+
+    def has_counts() -> bool:
+        path = folder()
+        return path is None or any(STEP_KEY in group for groups in groups_in_folder(path) for group in groups)
+
+    def has_starts() -> bool:
+        path = folder()
+        return path is None or has_in_states(path, START_KEY)
+
+    for room in rooms:
+        room.counts_in_checkpoint, room.starts_in_checkpoint = has_counts, has_starts
+
+
+def has_in_states(path: Path, key: str) -> bool:
+    """Whether the state of a parameter has something under a key, in a folder of ``torch.distributed.checkpoint``."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    metadata = FileSystemReader(path).read_metadata()
+    places = (metadata.planner_data or {}).values()
+    return any(str(place[-1]) == key or str(place[-1]).endswith(f".{key}") for place in places if place)
 
 
 def groups_in_folder(path: Path) -> list[list[dict[str, Any]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,16 @@ class Starts:
         """Forget what a step has noted that was not done."""
         self._new = []
 
-    def rehearse(self, optimizer: Any, parameters: Mapping[str, Tensor], rule: DecayRule) -> None:
-        """Have room for what is about to be loaded, or saved, by ``torch.distributed.checkpoint``."""
-        for parameter in parameters.values() if rule.start == START else ():
-            optimizer.state[parameter].setdefault(START_KEY, _kept(parameter.detach(), rule))
+    def rehearse(self, optimizer: Any, found: Iterable[tuple[Tensor, DecayRule]]) -> None:
+        """Have in the state of an optimizer what ``torch.distributed.checkpoint`` is about to load into it, or to save.
+
+        Args:
+            optimizer: the one that steps, which has a state now.
+            found: its parameters with the rules that they are under.
+        """
+        for parameter, rule in found:
+            if rule.start == START and parameter in optimizer.state:
+                optimizer.state[parameter].setdefault(START_KEY, _kept(parameter.detach(), rule))
 
     def given(self, parameter: Tensor, name: str, rule: DecayRule) -> Tensor:
         """This process's part of the weights that a user has given for a parameter.

@@ -82,6 +82,8 @@ class StepRoom:
         """Once disarmed, tells whether nobody has stepped since, so that what was in force can still be told."""
         self.counts_in_checkpoint: Callable[[], bool] = lambda: True
         """Tells whether the checkpoint that is being loaded, should there be one, has counts of steps."""
+        self.starts_in_checkpoint: Callable[[], bool] = lambda: True
+        """Likewise, whether it has what weights decay toward."""
         self.steps_done = 0
         self.numbered: frozenset[str] | None = None
         """Attributes of the optimizers with an entry for each param group, when rules came for the first time."""

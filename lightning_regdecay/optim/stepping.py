@@ -30,6 +30,7 @@ from lightning_regdecay.optim.holders import shared_lists
 from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.pulling import decay_parts, is_skipped
 from lightning_regdecay.optim.seen import Group, version_of
+from lightning_regdecay.optim.starts import START_KEY
 from lightning_regdecay.rules.schedules import STEP_KEY
 
 _LONGEST_STEP, _TICK = 60.0, 1e-3  # in seconds
@@ -55,6 +56,7 @@ class Room(Protocol):
     watchers: list[Watcher]
     is_armed: bool
     fit_is_over: Callable[[], bool]
+    starts_in_checkpoint: Callable[[], bool]
 
     @property
     def members(self) -> list[Any]:
@@ -142,6 +144,8 @@ class Stepping:
         self._layers = 0
         """Calls of our layer that are running, each of which leaves nothing behind."""
         self._is_paused = False
+        self._rehearses: Any = None
+        """The optimizer that makes a step which moves nothing."""
         self._turns: dict[int, set[int]] = {}
         """For each param group the first parameters of calls that make up a step of DeepSpeed's."""
 
@@ -222,6 +226,7 @@ class Stepping:
             return
         if is_rehearsal(optimizer.param_groups):  # which moves nothing, before the length of the run is known
             _allow_states_without_counts(optimizer.param_groups)
+            self._rehearses = optimizer
             return
         begun = self._begun(optimizer) if is_called_by_deepspeed() else None
         step = _Step([level], begun, self._version(optimizer))
@@ -238,6 +243,9 @@ class Stepping:
         """Put the rules out of force: the code of the optimizer has run."""
         step = self._step
         if step is None:
+            is_over, self._rehearses = self._rehearses is optimizer, None
+            if is_over and not _is_state_without(START_KEY) and self.room.starts_in_checkpoint():
+                self.room.parting.starts.rehearse(optimizer, self.room.parting.with_starts(optimizer.param_groups))
             return
         by_element = self.room.parting.by_element(optimizer.param_groups) if self.room.is_leaf(optimizer) else []
         is_missed = bool(by_element) and not step.has_decayed(optimizer)
@@ -474,10 +482,15 @@ def _move_in(step: _Step) -> None:
 
 def _allow_states_without_counts(groups: list[Group]) -> None:
     """Leave out the count of steps where a flattened state is to be loaded, which torch asks for all keys of groups."""
-    state = flat_state_to_load()
-    if state is not None and not any(str(key).endswith(f".{STEP_KEY}") for key in state):
+    if _is_state_without(STEP_KEY):
         for group in groups:
             group.pop(STEP_KEY, None)
+
+
+def _is_state_without(key: str) -> bool:
+    """Whether a flattened state is to be loaded that has nothing under a key."""
+    state = flat_state_to_load()
+    return state is not None and not any(str(name).endswith(f".{key}") for name in state)
 
 
 def _wait_while(condition: Callable[[], bool]) -> None:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from lightning_regdecay.optim.by_element import Lent, Pulled, decay
 from lightning_regdecay.optim.decoupling import Kind, twin_of
+from lightning_regdecay.optim.registry import Registry
 
 _LR, _DECAY, _STEPS = 0.125, 0.25, 3
 _KINDS: tuple[Kind, ...] = ("coupled", "decoupled")
 """In this order, as SGD without momentum is both, and adds λ·w to the gradient."""
-_known: dict[Any, Kind | None] = {}
+_known: Registry[dict[str, Kind | None]] = Registry()
+"""What was found out of each optimizer, by the switches among the options of its param groups."""
 
 
 def kind_of(optimizer: Any, group: Mapping[str, Any]) -> Kind | None:
@@ -25,11 +27,14 @@ def kind_of(optimizer: Any, group: Mapping[str, Any]) -> Kind | None:
     """
     options = {name: value for name, value in group.items() if name in getattr(optimizer, "defaults", {})}
     switches = {name: value for name, value in options.items() if value is None or isinstance(value, (bool, str))}
-    own = {name: value for name, value in vars(optimizer).items() if isinstance(value, (bool, str))}
-    key = type(optimizer), repr(sorted(switches.items())), repr(sorted(own.items()))
-    if key not in _known:
-        _known[key] = _tried(optimizer, options)
-    return _known[key]
+    known = _known.get(optimizer)
+    if known is None:
+        known = {}
+        _known.set(optimizer, known)
+    key = repr(sorted(switches.items()))
+    if key not in known:
+        known[key] = _tried(optimizer, options)
+    return known[key]
 
 
 def _tried(optimizer: Any, options: Mapping[str, Any]) -> Kind | None:
