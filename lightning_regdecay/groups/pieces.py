@@ -40,7 +40,11 @@ def shares_of(matchers: Sequence[Matcher], parameters: Iterable[ModelParameter])
 
 
 def _parts_taken(matchers: Sequence[Matcher], parameter: ModelParameter, first: int) -> tuple[Share, ...]:
-    """What the rules from the first one on take of a parameter."""
+    """What the rules from the first one on take of a parameter.
+
+    Parts that overlap are an error, as two rules that say so of one tensor by numbers seldom mean it; one that is
+    optional takes what is left.
+    """
     taken: dict[int, Region] = {}
     for number in range(first, len(matchers)):
         rule: Any = matchers[number].rule
@@ -55,13 +59,16 @@ def _parts_taken(matchers: Sequence[Matcher], parameter: ModelParameter, first: 
         if region is None:
             continue
         for other, before in taken.items():
-            if region.overlaps(before):
+            if rule.optional and region.dim == before.dim:
+                region = region.without(before)
+            elif region.overlaps(before):
                 raise ValueError(
                     f"{rule.KIND} {other + 1} {matchers[other].rule.selector_text!r} and {rule.KIND} {number + 1} "
                     f"{rule.selector_text!r} both take some of {parameter.name!r}: rows and blocks of one tensor may "
                     "not overlap"
                 )
-        taken[number] = region
+        if region.count:
+            taken[number] = region
     left = rest_of(taken.values()) if taken else None
     return _shares(taken, Share(None, left) if left is not None or not taken else None)
 

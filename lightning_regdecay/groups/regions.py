@@ -60,6 +60,11 @@ class Region:
         labels = ", ".join(dict.fromkeys(label for label in (self.label, other.label) if label))
         return Region(self.dim, self.size, _merged([*self.ranges, *other.ranges]), labels)
 
+    def without(self, other: Region) -> Region:
+        """What is in this one and not in the other, along one dimension."""
+        left = rest_of([other])
+        return Region(self.dim, self.size, tuple(_common(self.ranges, left.ranges)) if left else (), self.label)
+
     def common(self, other: Region) -> Region:
         """What is in both, along the dimension of this one; ``NOTHING`` where nothing is.
 

@@ -26,6 +26,7 @@ from lightning_regdecay.rules.selectors import (
     patterns_of,
     shorter,
 )
+from lightning_regdecay.rules.toward import toward_from
 
 DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any] | str
 """Rules in any form that users write: see :func:`parse_rules`."""
@@ -114,7 +115,9 @@ def plain_rules(rules: Any) -> Any:
     if isinstance(rules, DecaySchedule):
         return rules.as_dict()
     if isinstance(rules, Mapping):
-        return {plain_rules(key): plain_rules(value) for key, value in rules.items()}
+        # A state dict among the fields of a rule is not to be written out.
+        state = {key: repr(toward_from(value)) for key, value in rules.items() if key == "toward" and _is_state(value)}
+        return {plain_rules(key): state.get(key) or plain_rules(value) for key, value in rules.items()}
     if hasattr(rules, "tolist"):  # of torch or NumPy
         return plain_rules(rules.tolist())
     if isinstance(rules, (Sequence, set, frozenset)):
@@ -122,6 +125,10 @@ def plain_rules(rules: Any) -> Any:
     if isinstance(rules, type):
         return class_path(rules)
     return f"<{rules.__module__}.{function_name(rules)}>" if callable(rules) else repr(rules)
+
+
+def _is_state(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(hasattr(tensor, "dtype") for tensor in value.values())
 
 
 def shortest_rules(rules: DecayRules, kind: type[Rule] = DecayRule) -> dict[str, Any] | list[Any]:

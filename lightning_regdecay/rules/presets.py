@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_regdecay.rules.by_layer import PlainRules, layerwise_lr_rules, layerwise_rules
+from lightning_regdecay.rules.by_part import attention_rules, embeddings_rules, gates_rules
 from lightning_regdecay.rules.muon import EMBEDDINGS, muon_lr_rules, muon_rules
 from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.scalars import number_of, true_or_false
@@ -21,9 +22,12 @@ from lightning_regdecay.rules.scalars import number_of, true_or_false
 __all__ = [
     "LR_PRESETS",
     "PRESETS",
+    "attention_rules",
     "detectron2_rules",
     "dino_rules",
     "dinov2_rules",
+    "embeddings_rules",
+    "gates_rules",
     "layerwise_lr_rules",
     "layerwise_rules",
     "lightly_rules",
@@ -309,6 +313,9 @@ PRESETS: dict[str, Callable[..., PlainRules]] = {
     "lightly_train": lightly_train_rules,
     "layerwise": layerwise_rules,
     "muon": muon_rules,
+    "attention": attention_rules,
+    "gates": gates_rules,
+    "embeddings": embeddings_rules,
 }
 """The presets by the names that they have in plain data."""
 LR_PRESETS: dict[str, Callable[..., PlainRules]] = {

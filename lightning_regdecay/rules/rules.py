@@ -158,8 +158,8 @@ class DecayRule(Rule):
 
         >>> for rule in DecayRule({"q": 0.1, "v": 0.0}, params="qv", blocks=["q", "v"], group="a").one_by_one():
         ...     print(rule)
-        DecayRule(0.1, blocks=['q', 'v'], block='q', params='qv', group='a.q')
-        DecayRule(0.0, blocks=['q', 'v'], block='v', params='qv', group='a.v')
+        DecayRule(0.1, params='qv', group='a.q', blocks=['q', 'v'], block='q')
+        DecayRule(0.0, params='qv', group='a.v', blocks=['q', 'v'], block='v')
         """
         if self.given_blocks is None or self.block is not None:
             return [self]

@@ -26,7 +26,9 @@ from lightning_regdecay.rules.presets import (
 )
 from lightning_regdecay.rules.schedules import DecaySchedule
 
-CONVENTIONAL = [name for name in PRESETS if name not in ("layerwise", "muon")]
+OF_PARTS = ("attention", "gates", "embeddings")
+"""Those that take parts of tensors, before rules for the rest."""
+CONVENTIONAL = [name for name in PRESETS if name not in ("layerwise", "muon", *OF_PARTS)]
 """Those that fit every model and need no argument."""
 
 
@@ -490,7 +492,7 @@ class TestByName:
         ("rules", "error", "message"),
         [
             ({"preset": "tim"}, ValueError, "unknown preset 'tim'; did you mean 'timm'?"),
-            ({"preset": "xyz"}, ValueError, "unknown preset 'xyz'; known are detectron2, dino, "),
+            ({"preset": "xyz"}, ValueError, "unknown preset 'xyz'; known are attention, detectron2, dino, "),
             ([{"preset": "tim"}], ValueError, "unknown preset 'tim'; did you mean 'timm'?"),
             (
                 {"preset": "timm", "wd": 0.1},

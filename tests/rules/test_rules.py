@@ -269,7 +269,7 @@ class TestMistakes:
             ([{"weight_decay": 1, "options": {"lr": -1}}], ValueError, "lr must be a finite number of at least 0"),
             ([("*.bias", 0.0)], TypeError, r"got \('\*.bias', 0.0\); write DecayRule\(0.05, params="),
             ({"*": {"wieght_decay": 1}}, TypeError, "unknown field 'wieght_decay'; did you mean 'weight_decay'?"),
-            ({"*": {"xyz": 1}}, TypeError, "unknown field 'xyz'; known are decay_mult, group, "),
+            ({"*": {"xyz": 1}}, TypeError, "unknown field 'xyz'; known are block, blocks, decay_mult, "),
             ({"re:(": 0.1}, ValueError, r"decay rule 're:\(': bad regular expression 're:\(': missing \)"),
             ([{"weight_decay": 1, "params": ""}], ValueError, "rule 1 of the list: params holds an empty pattern"),
             ([{"weight_decay": 1, "params": [3]}], TypeError, "params must be str, or a list of them, got 3"),
