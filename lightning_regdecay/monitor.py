@@ -50,7 +50,7 @@ class WeightDecayMonitor(AnyCallback):
     ``decay_per_step``, ``half_life``, ``equilibrium``, ``grad_norm``, ``update_ratio``, ``decay_share``, ``angle``,
     ``equilibrium_angle``, ``largest``. They are logged under these names. A figure that does not apply to a group and
     its optimizer is left out, and a line says why. For ``update_ratio``, ``decay_share`` and ``angle`` there is one
-    copy of the parameters, from before a step that is logged until it is done (as float32 for half types).
+    copy of the parameters, in their own types, from before a step that is logged until it is done.
 
     Args:
         every_n_steps: log every so many optimizer steps (``trainer.global_step``) too; ``"log_every_n_steps"`` for as

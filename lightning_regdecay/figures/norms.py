@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,18 +15,18 @@ from torchmetrics import Metric
 
 from lightning_regdecay.groups.shards import local_part
 
-_HALF = (torch.float16, torch.bfloat16)
-_ROW = 128
+HALF = (torch.float16, torch.bfloat16)
+ROW = 128
 """Elements whose squares are added in float32: few enough that the sum is right to 1e-6 for any data. Longer sums are
 not, though random numbers hide it, as their rounding errors cancel: `torch.dot` of 2^18 equal values is 3e-5 off."""
 _ROW_OF_NORMS = 32
 """The same for norms of rows, which are rounded already."""
-_ROWS = 2**14
+ROWS = 2**14
 """Rows per call: 64 KiB of norms. Twice that may come from the kernel each time, page by page, which is slow."""
 _MOST_NORMS = 2**13
 """Norms that are kept before they are added up in float64."""
 _HALF_ROW = 2**10
-"""The same as `_ROW` for half types, of which 1e-5 is asked."""
+"""The same as `ROW` for half types, of which 1e-5 is asked."""
 _WIDENED_ROWS = 2**9
 """Rows of half types per call where torch makes float32 of them: 0.5 MiB, as all scratch memory is under 1 MiB."""
 _FEW = 2**10
@@ -38,7 +39,7 @@ _WIDENED_PIECE = 2**16
 """Elements per call as float64: 0.5 MiB."""
 _COPIED_PIECE = 2**15
 """Elements that are copied at a time out of a tensor with gaps in memory, the last ones of which are still there."""
-_GPU_PIECE = 2**22
+GPU_PIECE = 2**22
 """Elements per norm on a GPU: `torch._foreach_norm` takes room for as many tensors as it gets, each the longest."""
 _TINY_SQUARE = 1e-31
 """Mean square below which float32 squares may have lost bits to underflow (the smallest normal one is 1.2e-38)."""
@@ -61,6 +62,15 @@ class LocalSums(NamedTuple):
     """Of those that it has a part of, to be added up over all processes."""
     device: torch.device | None
     """Where such parts are, None without."""
+
+
+class Pieces(NamedTuple):
+    """What is measured in the place of a tensor, which is not to be there as a whole; the same whenever asked for."""
+
+    fast: Callable[[Tensor], Iterable[Tensor]]
+    """Tells tensors that have its norm together, such as norms of its rows."""
+    exact: Callable[[Tensor], Iterable[Tensor]]
+    """Tells its elements, for values whose squares float32 cannot hold."""
 
 
 class GroupL2Norm(Metric):
@@ -205,12 +215,15 @@ class GroupL2Norm(Metric):
         return self._plot(val, ax)
 
 
-def local_sums(members_of: Mapping[str, Iterable[Part]], process_group: Any = None) -> dict[str, LocalSums]:
+def local_sums(
+    members_of: Mapping[str, Iterable[Part]], process_group: Any = None, pieces: Pieces | None = None
+) -> dict[str, LocalSums]:
     """The sums of squares of groups on this process, for :meth:`GroupL2Norm.add`.
 
     Args:
         members_of: group name to what this process holds of its tensors.
         process_group: the processes over which sums will be added up.
+        pieces: of what is measured in the place of the tensors, should they not be measured themselves.
     """
     parts: list[list[Tensor]] = []
     places: list[tuple[str, int, float]] = []
@@ -226,7 +239,7 @@ def local_sums(members_of: Mapping[str, Iterable[Part]], process_group: Any = No
             parts.append(of_group)
             # The same part lies on world size / shards processes, and counts once in the sum over all.
             places.append((name, shards, shards / dist.get_world_size(process_group) if shards > 1 else 1.0))
-    for (name, shards, weight), of_group, value in zip(places, parts, _sums_of_squares(parts)):
+    for (name, shards, weight), of_group, value in zip(places, parts, _sums_of_squares(parts, pieces)):
         whole, sharded, device = found[name]
         if shards > 1:
             found[name] = LocalSums(whole, sharded + weight * value, of_group[0].device)
@@ -242,7 +255,7 @@ def is_measurable(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _sums_of_squares(groups: Sequence[Iterable[Tensor]]) -> list[float]:
+def _sums_of_squares(groups: Sequence[Iterable[Tensor]], pieces: Pieces | None = None) -> list[float]:
     """The sum of |x|² of each group, with one transfer to the host per device."""
     by_device: dict[torch.device, dict[int, list[Tensor]]] = {}
     for index, tensors in enumerate(groups):
@@ -251,16 +264,21 @@ def _sums_of_squares(groups: Sequence[Iterable[Tensor]]) -> list[float]:
     totals = [0.0] * len(groups)
     for device, parts in by_device.items():
         fast = _by_tensors if device.type == "cuda" else _by_rows
-        sums = dict(zip(parts, fast(list(parts.values()))))
+        made = list(parts.values()) if pieces is None else [_each(pieces.fast, some) for some in parts.values()]
+        sums = dict(zip(parts, fast(made)))
         # float32 squares overflow from 1.8e19 and lose bits below 1e-19; all zeros look like the latter.
         least = {index: _TINY_SQUARE * sum(map(torch.numel, tensors)) for index, tensors in parts.items()}
         doubtful = [index for index in parts if not least[index] < sums[index] < math.inf]
         if doubtful:
-            exact = torch.stack([_exact_sum_of_squares(parts[index]) for index in doubtful])
-            sums.update(zip(doubtful, exact.tolist()))
+            elements = [parts[i] if pieces is None else _each(pieces.exact, parts[i]) for i in doubtful]
+            sums.update(zip(doubtful, torch.stack(list(map(_exact_sum_of_squares, elements))).tolist()))
         for index, value in sums.items():
             totals[index] += value
     return totals
+
+
+def _each(make: Callable[[Tensor], Iterable[Tensor]], tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    return itertools.chain.from_iterable(map(make, tensors))
 
 
 def _by_tensors(groups: Sequence[Iterable[Tensor]]) -> list[float]:
@@ -269,11 +287,11 @@ def _by_tensors(groups: Sequence[Iterable[Tensor]]) -> list[float]:
     for index, tensors in enumerate(groups):
         for tensor in map(_in_memory_order, tensors):
             floating = tensor if tensor.is_floating_point() else tensor.to(torch.float64)
-            parts = torch.split(floating.view(-1), _GPU_PIECE) if floating.is_contiguous() else [floating]
+            parts = torch.split(floating.view(-1), GPU_PIECE) if floating.is_contiguous() else [floating]
             pieces.setdefault(floating.dtype, []).extend((index, part) for part in parts)
     norms: list[Tensor] = []
     for dtype, of_type in pieces.items():
-        norm_dtype = torch.float32 if dtype in _HALF else dtype
+        norm_dtype = torch.float32 if dtype in HALF else dtype
         norms += torch._foreach_norm([part for _, part in of_type], 2, dtype=norm_dtype)
     sums = [0.0] * len(groups)
     indices = (index for of_type in pieces.values() for index, _ in of_type)
@@ -306,7 +324,7 @@ def _norms(groups: Sequence[Iterable[Tensor]]) -> Iterator[tuple[int, Tensor]]:
 
 def _norms_of(part: Tensor) -> Iterator[Tensor]:
     """Few elements in 1-d tensors, with the norm of all elements of a part: norms of rows, and of rows of these."""
-    if part.dtype != torch.float32 and part.dtype not in _HALF:
+    if part.dtype != torch.float32 and part.dtype not in HALF:
         yield _exact_sum_of_squares([part]).sqrt().view(1)
     elif part.numel() <= _FEW:
         yield part.view(-1).to(torch.float32)
@@ -315,15 +333,15 @@ def _norms_of(part: Tensor) -> Iterator[Tensor]:
             if norms.numel() <= _FEW:
                 yield norms
             else:
-                yield from _norms_of_float32_rows(norms, _ROW_OF_NORMS, _ROWS)
+                yield from _norms_of_float32_rows(norms, _ROW_OF_NORMS, ROWS)
 
 
 def _norms_of_rows(part: Tensor) -> Iterator[Tensor]:
     if part.dtype == torch.float32:
-        return _norms_of_float32_rows(part, _ROW, _ROWS)
-    if part.device.type == "cpu" and part.numel() > _WIDENED_ROWS * _ROW:
+        return _norms_of_float32_rows(part, ROW, ROWS)
+    if part.device.type == "cpu" and part.numel() > _WIDENED_ROWS * ROW:
         return _norms_of_half_rows(part)
-    return _norms_of_float32_rows(part, _ROW, _WIDENED_ROWS)
+    return _norms_of_float32_rows(part, ROW, _WIDENED_ROWS)
 
 
 def _batches(norms: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
@@ -352,7 +370,7 @@ def _sums_by_group(norms: Sequence[tuple[int, Tensor]]) -> dict[int, Tensor]:
 def _norms_of_float32_rows(part: Tensor, longest: int, at_once: int) -> Iterator[Tensor]:
     """Of rows, and of the single elements that are left over."""
     size = part.numel()
-    length = _row_length(size, longest)
+    length = row_length(size, longest)
     count = size // length
     rows = part.as_strided((count, length), (length, 1))
     for some in [rows] if count <= at_once else torch.split(rows, at_once):
@@ -368,9 +386,9 @@ def _norms_of_half_rows(part: Tensor) -> Iterator[Tensor]:
     The moments of batch norm are taken without: ‖x‖² = n·(mean² + variance).
     """
     flat = part.view(-1)
-    length = _row_length(flat.numel(), _HALF_ROW)
+    length = row_length(flat.numel(), _HALF_ROW)
     in_rows = flat.numel() // length * length
-    for some in torch.split(flat[:in_rows], _ROWS * length):
+    for some in torch.split(flat[:in_rows], ROWS * length):
         # Not used, but its type is that of the moments.
         running = torch.zeros(some.numel() // length, dtype=torch.float32, device=some.device)
         mean, variance = torch.batch_norm_update_stats(some.view(1, -1, length), running, running, 0.0)
@@ -380,7 +398,7 @@ def _norms_of_half_rows(part: Tensor) -> Iterator[Tensor]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _row_length(size: int, longest: int) -> int:
+def row_length(size: int, longest: int) -> int:
     """The length of rows that leaves nothing over, if one of whole cache lines does, as a call more has its price."""
     return next((length for length in range(longest, longest // 2, -16) if size % length == 0), longest)
 

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_regdecay.figures.changes import changes
 from lightning_regdecay.figures.norms import LocalSums, Part, is_measurable, local_sums
 from lightning_regdecay.groups.shards import local_part
 
 GRADIENT, BEFORE, UPDATE = "gradient", "before", "update"
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class StepWatcher:
     """Looks on at the steps that are to be logged: the sums of squares of gradients, weights before, and updates.
 
-    Memory: where updates are asked for, one copy of the parameters of the optimizer, as float32 for half types, from
-    before the step until it is done; else none.
+    Memory: where updates are asked for, one copy of the parameters of the optimizer, in their own types, from before
+    the step until its update is measured, and pieces of the update (1 MiB, on a GPU 64 MiB); else none.
 
     Args:
         groups_of: tells the param groups of an optimizer as it steps over them, by their names.
@@ -99,10 +99,8 @@ class StepWatcher:
             for tensor in group["params"]:
                 part, shards = local_part(tensor)
                 if part.layout == torch.strided:
-                    kept = part.to(torch.float32) if part.dtype in _HALF else part.clone()
-                    self._held[name].append((tensor, Part(kept, shards)))
-        kept_parts = {name: [part for _, part in members] for name, members in self._held.items()}
-        self._sums.update({(name, BEFORE): sums for name, sums in local_sums(kept_parts).items()})
+                    self._held[name].append((tensor, Part(part.clone(), shards)))
+        self._sums.update({(name, BEFORE): sums for name, sums in local_sums(_kept(self._held)).items()})
 
     @torch.no_grad()
     def after(self, optimizer: Any) -> None:
@@ -110,11 +108,13 @@ class StepWatcher:
         held, self._held = self._held, {}
         if not held or not self._updates:
             return
-        updates = {
-            name: [Part(kept.values.sub_(local_part(tensor)[0]), kept.shards) for tensor, kept in members]
-            for name, members in held.items()
-        }
-        self._sums.update({(name, UPDATE): sums for name, sums in local_sums(updates).items()})
+        now = {kept.values: local_part(tensor)[0] for members in held.values() for tensor, kept in members}
+        updates = local_sums(_kept(held), pieces=changes(now.__getitem__))
+        self._sums.update({(name, UPDATE): sums for name, sums in updates.items()})
+
+
+def _kept(held: Mapping[str, list[tuple[Tensor, Part]]]) -> dict[str, list[Part]]:
+    return {name: [kept for _, kept in members] for name, members in held.items()}
 
 
 def _local(gradient: Any) -> Tensor:

@@ -391,7 +391,7 @@ class TestTheWayForGPUs:
 
     def test_tensors_are_cut_into_pieces(self):
         torch.manual_seed(0)
-        x = torch.rand(2 * norms._GPU_PIECE + 5)
+        x = torch.rand(2 * norms.GPU_PIECE + 5)
         assert norm(x) == pytest.approx(float64_norm([x]), rel=1e-3)  # as far as torch's own norm on a CPU is right
 
     @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -410,7 +410,7 @@ class TestTheWayForOtherDevices:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("size", [3, 1000, 8193, 10**6 + 1])
     def test_half_types(self, dtype, size, monkeypatch):
-        by_copies = functools.partial(norms._norms_of_float32_rows, longest=norms._ROW, at_once=norms._WIDENED_ROWS)
+        by_copies = functools.partial(norms._norms_of_float32_rows, longest=norms.ROW, at_once=norms._WIDENED_ROWS)
         monkeypatch.setattr(norms, "_norms_of_half_rows", by_copies)
         torch.manual_seed(0)
         x = torch.randn(size).to(dtype)
