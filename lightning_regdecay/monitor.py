@@ -48,9 +48,9 @@ class WeightDecayMonitor(AnyCallback):
 
     Other figures tell whether λ is right, see :data:`~lightning_regdecay.figures.measures.FIGURES`: ``rms``,
     ``decay_per_step``, ``half_life``, ``equilibrium``, ``grad_norm``, ``update_ratio``, ``decay_share``, ``angle``,
-    ``equilibrium_angle``, ``largest``. They are logged under these names. A figure that does not apply to a group and
-    its optimizer is left out, and a line says why. For ``update_ratio``, ``decay_share`` and ``angle`` there is one
-    copy of the parameters, in their own types, from before a step that is logged until it is done.
+    ``equilibrium_angle``, ``distance``, ``largest``. They are logged under these names. A figure that does not apply to
+    a group and its optimizer is left out, and a line says why. For ``update_ratio``, ``decay_share`` and ``angle``
+    there is one copy of the parameters, in their own types, from before a step that is logged until it is done.
 
     Args:
         every_n_steps: log every so many optimizer steps (``trainer.global_step``) too; ``"log_every_n_steps"`` for as
@@ -403,10 +403,12 @@ class WeightDecayMonitor(AnyCallback):
                 self._measurer.members(live),
                 _cell_of_strength(live),
                 "-" if live.group.get("lr") is None else float(live.group["lr"]),
+                live.regions or None,
             )
             for name, live in groups.items()
         ]
-        return [*rows, total_row(parameter for live in groups.values() for parameter in self._measurer.members(live))]
+        every = {id(p): p for live in groups.values() for p in self._measurer.members(live)}
+        return [*rows, total_row(every.values())]
 
 
 def _logger_step(trainer: Trainer) -> int:

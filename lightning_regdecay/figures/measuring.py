@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_regdecay.figures.measures import OF_A_STEP, OF_AN_UPDATE, Measured, figure
-from lightning_regdecay.figures.norms import GroupL2Norm, LocalSums, is_measurable
-from lightning_regdecay.figures.steps import BEFORE, GRADIENT, UPDATE, StepWatcher
+from lightning_regdecay.figures.members import Member, distances
+from lightning_regdecay.figures.norms import GroupL2Norm, LocalSums, Part, is_measurable, local_sums
+from lightning_regdecay.figures.steps import AWAY, BEFORE, GRADIENT, UPDATE, Stepped, StepWatcher
 from lightning_regdecay.groups.groups import numel_of
+from lightning_regdecay.groups.regions import Region
 from lightning_regdecay.optim.decoupling import is_decoupled
 from lightning_regdecay.optim.holders import innermost, is_deepspeed, unwrapped, with_held
 from lightning_regdecay.optim.in_force import in_force, watch
@@ -21,6 +23,7 @@ from lightning_regdecay.rules.names import TOTAL, safe_name, unique_name
 
 _WHOLE = "whole"
 """In the place of the number of a tensor, a whole group."""
+_DISTANCE = "distance"
 _NEEDS_SIZES = {"rms", "equilibrium", "largest"}
 _NEEDS_KIND = {"half_life", "equilibrium", "decay_share", "equilibrium_angle"}
 _ADAM = {"Adam", "AdamW", "NAdam", "RAdam", "AdamW8bit", "PagedAdamW8bit", "FusedAdam", "DeepSpeedCPUAdam"}
@@ -89,11 +92,13 @@ class Measurer:
             self._end_watch()
         self._watched = now
 
-        def groups_of(optimizer: Any) -> dict[str, dict[str, Any]]:
+        def groups_of(optimizer: Any) -> dict[str, Stepped]:
             every, steps = list(optimizers()), {id(one) for one in with_held(optimizer)}
             stepped = {id(one) for one in every if any(id(held) in steps for held in with_held(one))}
             return {
-                name: {**live.group, "params": self._measurable(name, live)}
+                name: Stepped(
+                    self._measurable(name, live), _number(live.group, "lr") * live.weight_decay, live.starts is not None
+                )
                 for name, live in live_groups(every)
                 if id(live.optimizer) in stepped
             }
@@ -113,7 +118,9 @@ class Measurer:
     def measure(self, groups: Mapping[str, Live]) -> dict[str, dict[str, float]]:
         """The figures of each group, by its name, as far as they have a value."""
         members = {name: self._measurable(name, live) for name, live in groups.items()}
-        norms = self._norms(members, {} if self._watcher is None else self._watcher.sums)
+        toward = {name: members[name] for name, live in groups.items() if live.starts is not None}
+        sums = {(name, _DISTANCE): sums for name, sums in distances(toward).items()}
+        norms = self._norms(members, {**sums, **({} if self._watcher is None else self._watcher.sums)})
         found: dict[str, dict[str, float]] = {}
         for name, live in groups.items():
             measured = self._measured(name, live, members[name], norms)
@@ -128,26 +135,27 @@ class Measurer:
         return found
 
     def _norms(
-        self, members: Mapping[str, list[torch.Tensor]], sums: Mapping[tuple[str, str], LocalSums]
+        self, members: Mapping[str, list[Member]], sums: Mapping[tuple[str, str], LocalSums]
     ) -> dict[tuple[str, Any], float]:
         """The norms of groups, of single tensors where one is asked for, and of what was seen of a step.
 
         All by one metric, so that there is at most one collective.
         """
         places: dict[str, tuple[str, Any]] = {}
-        tensors: dict[str, list[torch.Tensor]] = {}
+        parts: dict[str, list[Part]] = {}
         for name, of_group in members.items():
-            parts = (
-                dict(enumerate([tensor] for tensor in of_group)) if "largest" in self.figures else {_WHOLE: of_group}
-            )
-            for key, some in parts.items():
-                places[f"{len(places)}"], tensors[f"{len(tensors)}"] = (name, key), some
+            by_key: dict[Any, list[Member]] = {_WHOLE: of_group}
+            if "largest" in self.figures:
+                by_key = dict(enumerate([member] for member in of_group))
+            for key, some in by_key.items():
+                places[f"{len(places)}"] = name, key
+                parts[f"{len(parts)}"] = [part for member in some for part in member.held()]
         seen = {(name, kind): f"{name}/{kind}" for name, kind in sums}
         columns = (*places, *seen.values())
         if self._l2_norm is None or self._l2_norm.groups != columns:
             self._l2_norm = GroupL2Norm(columns)
         self._l2_norm.reset()
-        self._l2_norm.update(tensors)
+        self._l2_norm.add(local_sums(parts))
         self._l2_norm.add({seen[key]: of_step for key, of_step in sums.items()})
         found = {name: norm.item() for name, norm in self._l2_norm.compute().items()}
         norms = {place: found[column] for column, place in places.items()}
@@ -158,19 +166,22 @@ class Measurer:
         return norms
 
     def _measured(
-        self, name: str, live: Live, members: list[torch.Tensor], norms: Mapping[tuple[str, Any], float]
+        self, name: str, live: Live, members: list[Member], norms: Mapping[tuple[str, Any], float]
     ) -> Measured:
         """What was measured of a group."""
         group = live.group
         known = self._kind(live) if _NEEDS_KIND.intersection(self.figures) else _Kind(None, False, None)
-        sizes = [numel_of([tensor]) for tensor in members] if _NEEDS_SIZES.intersection(self.figures) else []
+        sizes = []
+        if _NEEDS_SIZES.intersection(self.figures):
+            sizes = [numel_of([member.tensor], [member.region]) for member in members]
         largest = None
         if "largest" in self.figures and members:
             every = [norms[name, number] / math.sqrt(size or 1) for number, size in enumerate(sizes)]
             number = max(range(len(every)), key=lambda n: math.inf if math.isnan(every[n]) else every[n])
             largest = every[number]
-            own = next((known for known, p in self.parameters.items() if p is members[number]), "")
-            self.largest[name] = own or str(number)
+            own = next((known for known, p in self.parameters.items() if p is members[number].tensor), "")
+            region = members[number].region
+            self.largest[name] = (own or str(number)) + ("" if region is None else f" {region.text}")
         return Measured(
             norm=norms[name, _WHOLE],
             numel=sum(sizes),
@@ -184,6 +195,8 @@ class Measurer:
             update=norms.get((name, UPDATE)),
             decay_of_step=None if self._watcher is None else self._watcher.decay.get(name),
             largest=largest,
+            distance=norms.get((name, _DISTANCE)),
+            distance_before=norms.get((name, AWAY)),
         )
 
     def is_decoupled(self, live: Live) -> bool | None:
@@ -206,10 +219,12 @@ class Measurer:
             self._told.add(line)
             rank_zero_info(line)
 
-    def _measurable(self, name: str, live: Live) -> list[torch.Tensor]:
+    def _measurable(self, name: str, live: Live) -> list[Member]:
         """The members of a group, without those of which no norm can be taken."""
-        members = self.members(live)
-        found = [tensor for tensor in members if is_measurable(tensor)]
+        tensors = self.members(live)
+        starts = [None] * len(tensors) if live.starts is None else live.starts()
+        members = list(map(Member, tensors, live.regions or [None] * len(tensors), starts))
+        found = [member for member in members if is_measurable(member.tensor)]
         if len(found) < len(members) and f"{name} in part" not in self._told:
             self._told.add(f"{name} in part")
             rank_zero_warn(
@@ -254,6 +269,10 @@ class Live(NamedTuple):
     optimizer: Any
     decaying: Any
     """Of the optimizer and those that it holds, the one whose code decays the weights."""
+    regions: Sequence[Region | None] = ()
+    """The part of each of its tensors that is in it, None for all of it."""
+    starts: Callable[[], list[torch.Tensor | None]] | None = None
+    """Tells what each of them decays toward, None for 0."""
 
     @property
     def weight_decay(self) -> float:
@@ -283,4 +302,8 @@ def live_groups(optimizers: Iterable[Any]) -> Iterator[tuple[str, Live]]:
             name = unique_name(safe_name(str(found.group["name"])), taken)
             taken.add(name)
             schedule = "" if found.schedule is None else found.schedule.text
-            yield path + name, Live(found.group, found.text, schedule, optimizer, decaying)
+            yield path + name, Live(found.group, found.text, schedule, optimizer, decaying, found.regions, found.starts)
+
+
+def _number(group: Mapping[str, Any], option: str) -> float:
+    return float(group.get(option) or 0.0)

@@ -32,6 +32,7 @@ LABELS = {
     "decay_share": "decay share lr·λ·‖w‖₂/‖Δw‖₂",
     "angle": "angle of a step (radians)",
     "equilibrium_angle": "angle at equilibrium (radians)",
+    "distance": "‖w - w₀‖₂",
     "largest": "largest rms of a tensor (unit of the weights)",
 }
 """Every figure by its name, as an axis calls it."""

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_regdecay.figures.changes import changes
+from lightning_regdecay.figures.members import Member, distances
 from lightning_regdecay.figures.norms import LocalSums, Part, is_measurable, local_sums
-from lightning_regdecay.groups.shards import local_part
 
-GRADIENT, BEFORE, UPDATE = "gradient", "before", "update"
+GRADIENT, BEFORE, UPDATE, AWAY = "gradient", "before", "update", "away"
+
+
+class Stepped(NamedTuple):
+    """A group as it is stepped over.
+
+    Args:
+        members: its tensors.
+        rate: lr·λ.
+        has_start: whether it decays toward a start.
+    """
+
+    members: list[Member]
+    rate: float
+    has_start: bool
 
 
 class StepWatcher:
@@ -22,7 +36,7 @@ class StepWatcher:
     the step until its update is measured, and pieces of the update (1 MiB, on a GPU 64 MiB); else none.
 
     Args:
-        groups_of: tells the param groups of an optimizer as it steps over them, by their names.
+        groups_of: tells the groups of an optimizer as it steps over them, by their names.
         gradients: whether gradients are asked for.
         updates: whether updates are.
         is_over: tells whether the fit is over.
@@ -30,7 +44,7 @@ class StepWatcher:
 
     def __init__(
         self,
-        groups_of: Callable[[Any], Mapping[str, Mapping[str, Any]]],
+        groups_of: Callable[[Any], Mapping[str, Stepped]],
         *,
         gradients: bool,
         updates: bool,
@@ -43,7 +57,7 @@ class StepWatcher:
         self.decay: dict[str, float] = {}
         """lr·λ of the last step of each group."""
         self._sums: dict[tuple[str, str], LocalSums] = {}
-        self._held: dict[str, list[tuple[Tensor, Part]]] = {}
+        self._held: dict[str, list[tuple[Member, list[Part]]]] = {}
 
     def start_batch(self, is_due: bool, forget: bool) -> None:
         """Look on at the steps of a batch, or not.
@@ -78,11 +92,12 @@ class StepWatcher:
         by_scale = 1.0 if scale is None else float(scale) ** -2 if float(scale) else None
         gradients: dict[str, list[Part]] = {}
         for name, group in groups.items():
-            self.decay[name] = float(group.get("lr") or 0.0) * float(group.get("weight_decay") or 0.0)
+            self.decay[name] = group.rate
             gradients[name] = [
-                Part(_local(tensor.grad), local_part(tensor)[1])
-                for tensor in group["params"]
-                if tensor.grad is not None and is_measurable(tensor.grad)
+                part
+                for member in group.members
+                if member.tensor.grad is not None and is_measurable(member.tensor.grad)
+                for part in member.held(_local(member.tensor.grad))
             ]
         if self._gradients and by_scale is not None:
             for name, sums in local_sums(gradients).items():
@@ -91,16 +106,19 @@ class StepWatcher:
         if self._updates and not self._held:
             self._keep(groups)
 
-    def _keep(self, groups: Mapping[str, Mapping[str, Any]]) -> None:
+    def _keep(self, groups: Mapping[str, Stepped]) -> None:
         """Keep the weights before the step, and measure them."""
         self._held = {}
         for name, group in groups.items():
-            self._held[name] = []
-            for tensor in group["params"]:
-                part, shards = local_part(tensor)
-                if part.layout == torch.strided:
-                    self._held[name].append((tensor, Part(part.clone(), shards)))
+            parts = [(member, member.held()) for member in group.members]
+            self._held[name] = [
+                (member, [Part(part.values.clone(), part.shards) for part in held])
+                for member, held in parts
+                if all(part.values.layout == torch.strided for part in held)
+            ]
         self._sums.update({(name, BEFORE): sums for name, sums in local_sums(_kept(self._held)).items()})
+        away = distances({name: group.members for name, group in groups.items() if group.has_start})
+        self._sums.update({(name, AWAY): sums for name, sums in away.items()})
 
     @torch.no_grad()
     def after(self, optimizer: Any) -> None:
@@ -108,13 +126,18 @@ class StepWatcher:
         held, self._held = self._held, {}
         if not held or not self._updates:
             return
-        now = {kept.values: local_part(tensor)[0] for members in held.values() for tensor, kept in members}
+        now = {
+            kept.values: part.values
+            for members in held.values()
+            for member, parts in members
+            for kept, part in zip(parts, member.held())
+        }
         updates = local_sums(_kept(held), pieces=changes(now.__getitem__))
         self._sums.update({(name, UPDATE): sums for name, sums in updates.items()})
 
 
-def _kept(held: Mapping[str, list[tuple[Tensor, Part]]]) -> dict[str, list[Part]]:
-    return {name: [kept for _, kept in members] for name, members in held.items()}
+def _kept(held: Mapping[str, list[tuple[Member, list[Part]]]]) -> dict[str, list[Part]]:
+    return {name: [kept for _, parts in members for kept in parts] for name, members in held.items()}
 
 
 def _local(gradient: Any) -> Tensor:

@@ -137,13 +137,29 @@ def _check_by_element(optimizer: Any, parted: Parted, part: Part) -> None:
         )
     if kind_of(optimizer, parted.group) is None:
         raise ValueError(CANNOT.format(group=group, kind=type(optimizer).__name__))
-    starts = Starts()
-    for parameter in part.group["params"]:
-        found = part.found.get(id(parameter))
-        for place in part.place.each:
+
+
+def check_starts(optimizer: Any, finds: Finds) -> None:
+    """Raise for starts that do not fit the parameters of an optimizer, or that a process would not know; on all alike.
+
+    Args:
+        optimizer: the one that others step.
+        finds: the parameters of the model.
+    """
+    is_apart = any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__)
+    own, starts = {id(p) for group in optimizer.param_groups for p in group["params"]}, Starts()
+    for found in [one for key, one in finds.items() if key in own]:
+        for place in found.place.each:
             rule = place.rule
-            if found is not None and rule is not None and rule.toward is not None and rule.start != START:
-                starts.given(parameter, found.name, rule)
+            if rule is None or rule.start is None:
+                continue
+            if rule.start != START:
+                starts.given(found.parameter, found.name, rule)
+            elif is_apart:
+                raise ValueError(
+                    f"group {place.group!r} decays toward its start, which ZeroRedundancyOptimizer would keep on one "
+                    "process alone; give the start itself (toward='weights.pt'), or shard by FSDP"
+                )
 
 
 def check_decays(family: list[Any]) -> None:

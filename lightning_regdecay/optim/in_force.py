@@ -12,7 +12,7 @@ from torch import nn
 from lightning_regdecay.groups.groups import NAMES_KEY, DecayGroups, build_decay_groups
 from lightning_regdecay.groups.parameters import without_wrappers
 from lightning_regdecay.groups.places import Places
-from lightning_regdecay.optim.checks import check_family, check_room, warn_of_strays
+from lightning_regdecay.optim.checks import check_family, check_room, check_starts, warn_of_strays
 from lightning_regdecay.optim.decoupling import check_decoupled
 from lightning_regdecay.optim.holders import check_is_optimizer, families, innermost, unwrapped, with_held
 from lightning_regdecay.optim.layers import Layer, built_options, is_own
@@ -193,7 +193,7 @@ def in_force(optimizer: Any) -> list[InForce]:
     if room is None:
         return told(Parting(), optimizer.param_groups)
     groups = room.theirs(optimizer.param_groups)
-    return told(room.parting if room.is_armed or room.is_last_run() else Parting(), groups, optimizer)
+    return told(room.parting if room.is_armed or room.is_last_run() else Parting(), groups, with_held(optimizer))
 
 
 def refresh(optimizer: Any) -> None:
@@ -286,6 +286,7 @@ def put_in_force(
         )
     for plan in known:
         check_family(plan.family, plan.rooms, places, finds)
+        check_starts(plan.root, finds)
 
     def rule(room: StepRoom, plan: _Plan) -> None:
         layers = room.parting.layers if room.is_armed else []

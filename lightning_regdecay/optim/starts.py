@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_regdecay.groups.matching import listed, nearest_names
+from lightning_regdecay.groups.parameters import plain_name
 from lightning_regdecay.groups.regions import local_slice
 from lightning_regdecay.groups.shards import local_part, original_shape
 from lightning_regdecay.rules.rules import DecayRule
@@ -111,7 +112,7 @@ class Starts:
 
 
 def _state_of(optimizer: Any, parameter: Tensor) -> dict[str, Any]:
-    found = optimizer.state.get(parameter)
+    found = getattr(optimizer, "state", {}).get(parameter)
     return found if isinstance(found, dict) else {}
 
 
@@ -133,6 +134,8 @@ def _given_weights(rule: DecayRule, name: str, parameter: Tensor) -> Tensor:
     label = f"{rule.KIND} {rule.selector_text!r} decays {name!r} toward " + (
         "a state dict" if isinstance(source, GivenStart) else repr(source)
     )
+    if name not in weights:  # as one of a model with wrappers, of DDP's or torch.compile's
+        weights = {plain_name(key).removeprefix("module."): tensor for key, tensor in weights.items()}
     if name not in weights:
         near = listed(nearest_names(name, [*weights]))
         raise ValueError(f"{label}, which has no weights of that name; nearest: {near}")

@@ -98,13 +98,13 @@ class _Entry:
         return True
 
 
-def told(parting: Parting, groups: list[Group], optimizer: Any = None) -> list[InForce]:
+def told(parting: Parting, groups: list[Group], optimizers: Sequence[Any] = ()) -> list[InForce]:
     """Param groups as the optimizer steps over them, computed from what they and the rules are now.
 
     Args:
         parting: the rules in force.
         groups: the param groups.
-        optimizer: the one that steps, whose state has the starts.
+        optimizers: the optimizer and those that it holds, one of which steps and has the starts in its state.
     """
     every = parting.seen(groups)
     entries: dict[Any, _Entry] = {}
@@ -119,7 +119,7 @@ def told(parting: Parting, groups: list[Group], optimizer: Any = None) -> list[I
         taken.add(name)
         starts, regions = None, entry.regions
         if entry.rule is not None and entry.rule.toward is not None:
-            starts = functools.partial(_starts, parting, optimizer, entry.found, entry.rule)
+            starts = functools.partial(_starts, parting, optimizers, entry.found, entry.rule)
         if any(region is not None for region in regions):
             entry.group["regions"] = ["all" if region is None else region.text for region in regions]
         found.append(InForce(_copy(entry.group, name, entry.names), entry.text, entry.schedule, regions, starts))
@@ -169,9 +169,14 @@ def _entries(parting: Parting, every: Sequence[Parted]) -> Iterator[_Entry]:
                 )
 
 
-def _starts(parting: Parting, optimizer: Any, found: Iterable[Found | None], rule: DecayRule) -> list[Tensor | None]:
-    known = parting.starts.known
-    return [None if one is None else known(optimizer, one.parameter, one.name, rule) for one in found]
+def _starts(
+    parting: Parting, optimizers: Sequence[Any], found: Iterable[Found | None], rule: DecayRule
+) -> list[Tensor | None]:
+    def start_of(parameter: Tensor, name: str) -> Tensor | None:
+        known = (parting.starts.known(optimizer, parameter, name, rule) for optimizer in optimizers)
+        return next((start for start in known if start is not None), None)
+
+    return [None if one is None else start_of(one.parameter, one.name) for one in found]
 
 
 def _scope(parted: Parted) -> Any:

@@ -9,8 +9,9 @@ import torch
 from helpers import peak_memory
 
 from lightning_regdecay.figures import changes
+from lightning_regdecay.figures.members import Member
 from lightning_regdecay.figures.norms import Part, local_sums
-from lightning_regdecay.figures.steps import StepWatcher
+from lightning_regdecay.figures.steps import Stepped, StepWatcher
 
 
 def norm_of_change(now, before):
@@ -125,7 +126,8 @@ def test_the_change_is_not_in_memory(shape, dtype):
 def test_looking_on_at_a_step_takes_one_copy_of_the_weights_and_frees_it(dtype):
     weights = [torch.nn.Parameter(torch.ones(1000, 1000, dtype=dtype)) for _ in range(8)]
     size = sum(weight.nbytes for weight in weights)
-    watcher = StepWatcher(lambda optimizer: {"g": {"params": weights}}, gradients=False, updates=True)
+    group = Stepped(list(map(Member, weights)), rate=0.0, has_start=False)
+    watcher = StepWatcher(lambda optimizer: {"g": group}, gradients=False, updates=True)
     watcher.start_batch(is_due=True, forget=True)
 
     def step():

@@ -313,7 +313,7 @@ class TestDefinitions:
         without = {name for name in FIGURES if figure(name, nothing) is None}
         assert without == {
             *("half_life", "equilibrium", "equilibrium_angle", "grad_norm", "update_ratio"),
-            *("decay_share", "angle", "largest"),
+            *("decay_share", "angle", "largest", "distance"),
         }
         assert figure("rms", nothing) == 0.0
 
