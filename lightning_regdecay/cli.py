@@ -35,7 +35,12 @@ from lightning_regdecay.rules.selectors import SELECTORS, Rule, field_names
 
 _GROUPS = "groups"
 # Fields of which one takes the place of the other.
-_INSTEAD = [("weight_decay", "decay_mult"), ("lr", "lr_mult"), ("steps", "epochs"), ("delay_steps", "delay_epochs")]
+_INSTEAD = [
+    ("weight_decay", "decay_mult"),
+    ("lr", "lr_mult"),
+    ("steps", "epochs", "fraction"),
+    ("delay_steps", "delay_epochs"),
+]
 # Where a configuration holds the arguments of a model: of one class, of any subclass.
 _MODEL_ARGUMENTS = ("model", "model.init_args")
 

@@ -158,6 +158,32 @@ class TestRulesAsAnArgument:
         model = cli(LitTyped, *args, run=False).model
         assert model.hparams.decay_rules == {**rules, "*" if override.startswith("*") else "head.*": rule}
 
+    @pytest.mark.parametrize(
+        "before", ["0.1", "{schedule: linear, start: 0.1, end: 0}", "{weight_decay: 0.1, min_ndim: 2}"]
+    )
+    def test_a_list_of_schedules_takes_the_place_of_what_was_there(self, tmp_path, before):
+        (tmp_path / "config.yaml").write_text(f"model: {{decay_rules: {{head.*: {before}, '*': 0.2}}}}")
+        text = "[{schedule: constant, start: 0.1, epochs: 2}, {schedule: linear, start: 1e-1, end: 0}]"
+        model = cli(LitTyped, "-c", tmp_path / "config.yaml", f"--model.decay_rules.head.*={text}", run=False).model
+        [group] = [group for group in model.decay_groups if group.name == "head"]
+        assert group.strength_text == "constant 0.1 over 2 epochs, then linear 0.1 to 0"
+        assert group.rule.min_ndim == (2 if "min_ndim" in before else None)
+
+    def test_a_list_of_schedules_is_printed_and_goes_round(self, tmp_path, capsys):
+        stages = [{"schedule": "constant", "start": 0.1, "epochs": 2}, {"schedule": "linear", "start": 0.1, "end": 0.0}]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"decay_rules": {"*": stages}}}))
+        with pytest.raises(SystemExit):
+            cli(LitTyped, "fit", "-c", tmp_path / "config.yaml", "--print_config")
+        printed = capsys.readouterr().out
+        assert yaml.safe_load(printed)["model"]["decay_rules"] == {"*": stages}
+
+    def test_a_wrong_stage_is_refused_by_name(self, typed, capsys):
+        override = "--model.decay_rules.head.*=[{schedule: linear, start: 0.1, end: 0}, {schedule: constant, start: 0}]"
+        error = refused(capsys, LitTyped, "fit", "-c", typed, override)
+        assert (
+            "error: model.decay_rules: decay rule 'head.*': stage 1: a linear schedule needs steps, epochs or" in error
+        )
+
     def test_a_schedule_with_a_wrong_field_is_refused_by_name(self, typed, capsys):
         override = "--model.decay_rules.head.*={schedule: linear, start: 0.1, stop: 0}"
         error = refused(capsys, LitTyped, "fit", "-c", typed, override)

@@ -21,7 +21,6 @@ from lightning_regdecay.optim.parts import Parted
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.rules import DecayRule
-from lightning_regdecay.rules.schedules import OF_LR_TIMES_LAMBDA
 from lightning_regdecay.rules.selectors import equal_options
 
 NO_WEIGHT_DECAY = "{optimizer} knows no weight decay, so decay rules cannot work with it; use one such as AdamW or SGD"
@@ -110,9 +109,9 @@ def _check_parts(family: list[Any], every: list[Parted], rooms: list[StepRoom], 
         check_decays(family)
     for parted in every:
         for part in parted.parts:
-            schedule = part.place.schedule
-            if schedule is not None and schedule.schedule in OF_LR_TIMES_LAMBDA:
-                check_decoupled(innermost(family, parted.group), parted.group, part.place.group, schedule.schedule)
+            fixed = None if part.place.schedule is None else part.place.schedule.of_lr_times_lambda
+            if fixed is not None:
+                check_decoupled(innermost(family, parted.group), parted.group, part.place.group, fixed)
     has_factors = any(part.lr_mult is not None for parted in every for part in parted.parts)
     if is_cut or has_factors:  # without which `base_lrs` were noted
         known = [room.numbered for room in rooms if room.numbered is not None]

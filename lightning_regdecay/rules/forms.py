@@ -26,6 +26,7 @@ from lightning_regdecay.rules.selectors import (
     patterns_of,
     shorter,
 )
+from lightning_regdecay.rules.stages import is_list
 
 DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any] | str
 """Rules in any form that users write: see :func:`parse_rules`."""
@@ -111,7 +112,8 @@ def plain_rules(rules: Any) -> Any:
     if isinstance(rules, Rule):
         return {name: plain_rules(shorter(value)) for name, value in given_fields(rules).items()}
     if isinstance(rules, DecaySchedule):
-        return rules.as_dict()
+        plain = rules.as_dict()
+        return plain.get("stages", plain)
     if isinstance(rules, Mapping):
         return {plain_rules(key): plain_rules(value) for key, value in rules.items()}
     if hasattr(rules, "tolist"):  # of torch or NumPy
@@ -217,6 +219,7 @@ def _plain_preset(given: Mapping[str, Any]) -> dict[str, Any]:
 def _argument(value: Any) -> Any:
     is_text = isinstance(value, str) and number_of(value) is None
     is_strength = not is_text and isinstance(value, (Mapping, DecaySchedule, str))
+    is_strength |= is_list(value) and any(is_schedule(one) or isinstance(one, DecaySchedule) for one in value)
     return strength_from(value) if is_strength else plain_number(value)
 
 
@@ -269,6 +272,8 @@ def _advice(name: str, kind: type[Rule]) -> str:
     if kind is LrRule and name in DecayRule.FIRST:
         return "weight decay goes into decay_rules"
     if kind is DecayRule and name in field_names(DecaySchedule):
+        if name == "schedule":
+            return "a schedule, or a list of them, is the λ of a rule, as in {'*': [{schedule: linear, …}, …]}"
         return "a schedule says which one it is, as in {schedule: linear, start: 0.1, end: 0}"
     return "options of the optimizer, such as lr, go into options"
 

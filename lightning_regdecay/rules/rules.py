@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.scalars import nonnegative_number
-from lightning_regdecay.rules.schedules import OF_LR_TIMES_LAMBDA, DecaySchedule
+from lightning_regdecay.rules.schedules import DecaySchedule, check_alone, schedule_from
 from lightning_regdecay.rules.selectors import Rule, field_names
+from lightning_regdecay.rules.stages import is_list
 
 OWN = "optimizer's"
 """In a table, what stays the optimizer's own."""
@@ -24,7 +24,7 @@ class DecayRule(Rule):
     Args:
         weight_decay: λ, the coefficient as torch optimizers define it (the gradient of the L2 term is λ·w). A number or
             its text, as YAML reads ``1e-3``; a :class:`~lightning_regdecay.rules.schedules.DecaySchedule` or its fields
-            where λ changes while training.
+            where λ changes while training, or a list of these, one after another.
         decay_mult: instead of ``weight_decay``, a factor on the optimizer's own default. Exactly one of the two.
         params: glob(s) over the full parameter name. ``*`` crosses dots, case counts, the whole name must match; after
             ``re:`` comes a regular expression instead, which is searched.
@@ -71,8 +71,8 @@ class DecayRule(Rule):
                 f"exactly one of weight_decay and decay_mult must be given, got {given}; "
                 "write weight_decay=0.05, or decay_mult=0.5 for half the optimizer's own"
             )
-        kind = getattr(self.weight_decay, "schedule", None)
-        if self.lr_mult == 0 and kind in OF_LR_TIMES_LAMBDA:
+        kind = getattr(self.weight_decay, "of_lr_times_lambda", None)
+        if self.lr_mult == 0 and kind is not None:
             raise ValueError(f"a {kind} divides by the lr, which has no value at lr_mult=0; give λ as a number")
 
     @property
@@ -147,19 +147,16 @@ def is_schedule(value: Any) -> bool:
 
 
 def strength_from(value: Any) -> float | DecaySchedule | None:
-    """λ as users give it: a number, its text, a schedule or its fields."""
+    """λ as users give it: a number, its text, a schedule or its fields, a list of schedules."""
     if isinstance(value, DecaySchedule):
-        return value
+        return check_alone(value)
+    if is_list(value):
+        return DecaySchedule("stages", stages=value)
     if not isinstance(value, Mapping):
         return nonnegative_number("weight_decay", value)
-    known = field_names(DecaySchedule)
     if not is_schedule(value):
         raise TypeError(
             f"weight_decay must be a number or a schedule, such as {{schedule: cosine, start: 0.04, end: 0.4}}, got "
             f"{dict(value)!r}"
         )
-    for name in value:
-        if name not in known:
-            advice = "; it goes beside weight_decay, not into it" if name in field_names(DecayRule) else ""
-            raise TypeError(f"unknown field {name!r} of a schedule; {hint(str(name), known)}{advice}")
-    return DecaySchedule(**value)
+    return check_alone(schedule_from(value, beside=field_names(DecayRule)))
