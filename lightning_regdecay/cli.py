@@ -37,6 +37,7 @@ _GROUPS = "groups"
 # Fields of which one takes the place of the other.
 _INSTEAD = [
     ("weight_decay", "decay_mult"),
+    ("weight_decay", "of"),
     ("lr", "lr_mult"),
     ("steps", "epochs", "fraction"),
     ("delay_steps", "delay_epochs"),

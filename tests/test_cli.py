@@ -184,6 +184,23 @@ class TestRulesAsAnArgument:
             "error: model.decay_rules: decay rule 'head.*': stage 1: a linear schedule needs steps, epochs or" in error
         )
 
+    @pytest.mark.parametrize(
+        ("override", "rule", "strength"),
+        [
+            ("head.*.decay_mult=0.5", {"decay_mult": 0.5, "of": "rest"}, "linear 0.05 to 0"),
+            ("head.*={decay_mult: 0.2, of: rest}", {"decay_mult": 0.2, "of": "rest"}, "linear 0.02 to 0"),
+            ("head.*.weight_decay=0.3", {"weight_decay": 0.3}, "0.3"),
+            ("*.start=1", {"decay_mult": 0.1, "of": "rest"}, "linear 0.1 to 0"),
+        ],
+    )
+    def test_a_factor_on_another_group(self, tmp_path, override, rule, strength):
+        rules = {"head.*": {"decay_mult": 0.1, "of": "rest"}, "*": {"schedule": "linear", "start": 0.1, "end": 0}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"decay_rules": rules}}, sort_keys=False))
+        args = ["-c", tmp_path / "config.yaml", f"--model.decay_rules.{override}"]
+        model = cli(LitTyped, *args, run=False).model
+        assert model.hparams.decay_rules["head.*"] == rule
+        assert model.decay_groups["head"].strength_text == strength
+
     def test_a_schedule_with_a_wrong_field_is_refused_by_name(self, typed, capsys):
         override = "--model.decay_rules.head.*={schedule: linear, start: 0.1, stop: 0}"
         error = refused(capsys, LitTyped, "fit", "-c", typed, override)

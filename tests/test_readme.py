@@ -142,7 +142,7 @@ def test_the_sessions_show_what_really_happens(programs, page):
     ("page", "expected"),
     [
         ("rules", [["no_decay", "head", "rest"]]),
-        ("schedules", [["bias", "head", "rest"], ["bias", "rest"]]),
+        ("schedules", [["bias", "head", "rest"], ["bias", "rest"], ["bias", "head", "rest"]]),
         ("presets", [["head", "no_decay", "decay"]]),
     ],
 )

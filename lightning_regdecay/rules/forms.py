@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar, cast
 
+from lightning_regdecay.rules.factors import resolved
 from lightning_regdecay.rules.names import REGEX_PREFIX, hint, name_of_pattern, safe_name, unique_name
 from lightning_regdecay.rules.presets import LR_PRESETS, PRESETS, is_preset, preset_rules
 from lightning_regdecay.rules.rules import DecayRule, LrRule, is_schedule, strength_from
@@ -91,6 +92,8 @@ def parse_as(rules: DecayRules, kind: type[_Rule]) -> tuple[_Rule, ...]:
             rule = replace(rule, group=unique_name(name, taken))
             taken.add(str(rule.group))
         named.append(rule)
+    if kind is DecayRule:
+        named = cast("list[_Rule]", resolved(cast("list[DecayRule]", named)))
     _check_agreement(named)
     return tuple(named)
 

@@ -26,6 +26,9 @@ class DecayRule(Rule):
             its text, as YAML reads ``1e-3``; a :class:`~lightning_regdecay.rules.schedules.DecaySchedule` or its fields
             where λ changes while training, or a list of these, one after another.
         decay_mult: instead of ``weight_decay``, a factor on the optimizer's own default. Exactly one of the two.
+        of: beside ``decay_mult``, the name of another group of the same rules: the factor is on the λ of that one. A
+            number is multiplied; of a schedule start and end are, of a timescale T is divided. One that goes by the lr
+            goes by that of this rule's parameters.
         params: glob(s) over the full parameter name. ``*`` crosses dots, case counts, the whole name must match; after
             ``re:`` comes a regular expression instead, which is searched.
         modules: class(es) of the module that owns the parameter, or glob(s) over the names of its class and base
@@ -55,14 +58,17 @@ class DecayRule(Rule):
     """
 
     KIND: ClassVar[str] = "decay rule"
-    FIRST: ClassVar[tuple[str, ...]] = ("weight_decay", "decay_mult")
+    FIRST: ClassVar[tuple[str, ...]] = ("weight_decay", "decay_mult", "of")
 
     weight_decay: float | DecaySchedule | None = None
     decay_mult: float | None = field(default=None, kw_only=True)
+    of: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._set(
-            weight_decay=strength_from(self.weight_decay), decay_mult=nonnegative_number("decay_mult", self.decay_mult)
+            weight_decay=strength_from(self.weight_decay),
+            decay_mult=nonnegative_number("decay_mult", self.decay_mult),
+            of=_other_group(self.of),
         )
         super().__post_init__()
         if (self.weight_decay is None) == (self.decay_mult is None):
@@ -71,20 +77,27 @@ class DecayRule(Rule):
                 f"exactly one of weight_decay and decay_mult must be given, got {given}; "
                 "write weight_decay=0.05, or decay_mult=0.5 for half the optimizer's own"
             )
+        if self.of is not None and self.decay_mult is None:
+            raise ValueError(
+                f"of={self.of!r} says what decay_mult is a factor on, and there is none; write decay_mult=1 for the λ "
+                "of that group as it is"
+            )
         kind = getattr(self.weight_decay, "of_lr_times_lambda", None)
         if self.lr_mult == 0 and kind is not None:
             raise ValueError(f"a {kind} divides by the lr, which has no value at lr_mult=0; give λ as a number")
 
     @property
     def strength_text(self) -> str:
-        """The strength in words that fit a table cell: a number, or a factor on the optimizer's own.
+        """The strength in words that fit a table cell: a number, or a factor on the optimizer's own or another group's.
 
         >>> DecayRule(1e-3).strength_text, DecayRule(decay_mult=0.5).strength_text
         ('0.001', "0.5 x optimizer's")
         """
         if isinstance(self.weight_decay, DecaySchedule):
             return self.weight_decay.text
-        return f"{self.weight_decay:g}" if self.decay_mult is None else f"{self.decay_mult:g} x optimizer's"
+        if self.decay_mult is None:
+            return f"{self.weight_decay:g}"
+        return f"{self.decay_mult:g} x {OWN if self.of is None else f'that of {self.of}'}"
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -139,6 +152,12 @@ class LrRule(Rule):
     def all_options(self) -> dict[str, Any]:
         """The options that the group has in the optimizer, ``lr`` among them."""
         return dict(self.options) if self.lr is None else {"lr": self.lr, **self.options}
+
+
+def _other_group(value: Any) -> str | None:
+    if value is not None and not (isinstance(value, str) and value):
+        raise TypeError(f"of must be the name of a group of the same rules (text), got {value!r}")
+    return value
 
 
 def is_schedule(value: Any) -> bool:
