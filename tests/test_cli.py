@@ -169,6 +169,35 @@ class TestRulesAsAnArgument:
         assert group.strength_text == "constant 0.1 over 2 epochs, then linear 0.1 to 0"
         assert group.rule.min_ndim == (2 if "min_ndim" in before else None)
 
+    @pytest.mark.parametrize(
+        ("override", "text"),
+        [
+            ("head.*.stage_2.end=0.05", "constant 0.1 over 2 epochs, then linear 0.1 to 0.05"),
+            ("head.*.stage_1.steps=9", "constant 0.1 over 9 steps, then linear 0.1 to 0"),
+            ("head.*.stage_2={schedule: constant, start: 1e-3}", "constant 0.1 over 2 epochs, then constant 0.001"),
+            ("body.weight_decay.stage_1.start=3", "constant 3 over 2 epochs, then linear 0.1 to 0"),
+        ],
+    )
+    def test_one_stage_of_a_list_changes(self, tmp_path, override, text):
+        stages = [{"schedule": "constant", "start": 0.1, "epochs": 2}, {"schedule": "linear", "start": 0.1, "end": 0}]
+        rules = {"head.*": stages, "body": {"params": "body.*", "weight_decay": stages}, "*": 0.2}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"decay_rules": rules}}, sort_keys=False))
+        args = ["-c", tmp_path / "config.yaml", f"--model.decay_rules.{override}"]
+        groups = cli(LitTyped, *args, run=False).model.decay_groups
+        [name] = {"head", "body"} & set(override.replace("*", "").split("."))
+        assert groups[name].strength_text == text
+        others = {"head", "body", "rest"} - {name}
+        assert {groups[other].strength_text for other in others} == {
+            "constant 0.1 over 2 epochs, then linear 0.1 to 0",
+            "0.2",
+        }
+
+    def test_a_stage_that_a_list_does_not_have(self, tmp_path, capsys):
+        stages = [{"schedule": "constant", "start": 0.1, "epochs": 2}, {"schedule": "linear", "start": 0.1, "end": 0}]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"decay_rules": {"*": stages}}}))
+        error = refused(capsys, LitTyped, "fit", "-c", tmp_path / "config.yaml", "--model.decay_rules.*.stage_3.end=1")
+        assert "there is no stage_3: the list has stages 1 to 2" in error
+
     def test_a_list_of_schedules_is_printed_and_goes_round(self, tmp_path, capsys):
         stages = [{"schedule": "constant", "start": 0.1, "epochs": 2}, {"schedule": "linear", "start": 0.1, "end": 0.0}]
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"decay_rules": {"*": stages}}}))
