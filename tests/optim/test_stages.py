@@ -361,6 +361,26 @@ class TestForms:
         assert study.best_params == {"hold": 0.2}  # the least λ in all
 
 
+class TestFactorsOnTheLr:
+    @pytest.mark.parametrize("own", [True, False], ids=["own", "theirs"])
+    def test_are_in_what_a_stage_reckons_with(self, own):
+        rule = DecayRule([{**RAMP, "steps": 2}, {"schedule": "per_step", "start": 1e-3}], lr_mult=0.25)
+        model = nn.Linear(2, 2)
+        if own:
+            groups = build_decay_groups(model, {"*": rule})
+            optimizer = torch.optim.AdamW([group.as_param_group(lr=0.1) for group in groups])
+            schedule_weight_decay(optimizer)
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+            apply_decay_rules(optimizer, model, {"*": rule})
+        seen = []
+        for _ in range(4):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            seen.append(groups_in_force(optimizer)[0]["weight_decay"])
+        assert seen == [0.0, 0.15, 1e-3 / 0.025, 1e-3 / 0.025]
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("stages", "error", "message"),
