@@ -101,7 +101,7 @@ def _stage(given: Any, make: Callable[[Mapping[str, Any]], Any], is_last: bool) 
     if stage.stages is not None:
         raise TypeError("it is a list itself; write its schedules into the one list")
     for name in DELAYS:
-        if getattr(stage, name) is not None:
+        if getattr(stage, name):
             raise ValueError(
                 f"it has {name}, and stages begin where the one before ends; for a delay, put a stage before it, such "
                 "as {schedule: constant, start: 0, steps: 100}"

@@ -222,6 +222,9 @@ class TestLengths:
         values = self.values([{**half, "start": number} for number in (1, 2, 3, 4)], 10, per_epoch=5)
         assert values == [1, 1, 2, 2, 2, 3, 3, 3, 4, 4]
 
+    def test_a_delay_of_nothing_is_none(self):
+        assert self.values([{**RAMP, "delay_steps": 0}, FALL], 5)[:4] == pytest.approx([0, 0.1, 0.2, 0.3])
+
     def test_each_stage_has_a_step_at_least(self):
         stages = [{"schedule": "constant", "start": 1, "fraction": 1e-6}, {"schedule": "linear", "start": 2, "end": 3}]
         assert self.values(stages, 4) == pytest.approx([1, 2, 2 + 1 / 3, 2 + 2 / 3])
