@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, cast
@@ -32,10 +33,18 @@ from lightning_regdecay.mixin import WeightDecayMixin, configure_own
 from lightning_regdecay.rules.forms import KINDS, parse_as, plain_rules
 from lightning_regdecay.rules.rules import DecayRule, is_schedule
 from lightning_regdecay.rules.selectors import SELECTORS, Rule, field_names
+from lightning_regdecay.rules.stages import is_list
 
 _GROUPS = "groups"
 # Fields of which one takes the place of the other.
-_INSTEAD = [("weight_decay", "decay_mult"), ("lr", "lr_mult"), ("steps", "epochs"), ("delay_steps", "delay_epochs")]
+_INSTEAD = [
+    ("weight_decay", "decay_mult"),
+    ("weight_decay", "of"),
+    ("lr", "lr_mult"),
+    ("steps", "epochs", "fraction"),
+    ("delay_steps", "delay_epochs"),
+]
+_STAGE = re.compile(r"stage_\d+")
 # Where a configuration holds the arguments of a model: of one class, of any subclass.
 _MODEL_ARGUMENTS = ("model", "model.init_args")
 
@@ -45,7 +54,8 @@ class WeightDecayCLI(LightningCLI):
 
     - Arguments ``decay_rules`` and ``lr_rules``, of the model or a callback, are checked when they are parsed, and each
       of their rules may be changed on the command line: ``--model.decay_rules.head.* 0.01``,
-      ``--model.decay_rules.no_decay.max_ndim 1``, ``--model.lr_rules.head.*.lr_mult 10``.
+      ``--model.decay_rules.no_decay.max_ndim 1``, ``--model.lr_rules.head.*.lr_mult 10``; of a list of schedules one
+      stage, ``--model.decay_rules.head.*.stage_2.end 0.1``.
     - The callbacks of this package have short names: ``--trainer.callbacks WeightDecayMonitor``.
     - ``--optimizer`` and ``--lr_scheduler`` build over the decay groups.
     - The subcommand ``groups`` prints the groups, and with ``--parameter NAME`` why that parameter is where it is.
@@ -376,13 +386,13 @@ def _override_rule(rules: Any, key: str, value: Any, kind: type[Rule] = DecayRul
 
     Args:
         rules: the rules so far, or None.
-        key: the key of a rule, or that and a field after a dot, ``options.lr`` and the like included; or an argument of
-            a preset.
+        key: the key of a rule, or that and a field after a dot, ``options.lr`` and the like included; ``stage_1`` is
+            the first one of a list of schedules; or an argument of a preset.
         value: the new strength, the new rule, or the new value of the field.
         kind: the kind of rules that they are.
 
     Raises:
-        TypeError: for rules that are not a mapping.
+        TypeError: for rules that are not a mapping, or a stage that a list does not have.
 
     >>> _override_rule({"no_decay": {"params": "*.bias", "weight_decay": 0.0}, "head.*": 0.1}, "head.*", 0.2)
     {'no_decay': {'params': '*.bias', 'weight_decay': 0.0}, 'head.*': 0.2}
@@ -402,8 +412,10 @@ def _override_rule(rules: Any, key: str, value: Any, kind: type[Rule] = DecayRul
     name, path = _split_key(key, rules, kind)
     before = rules.get(name)
     alone = kind.FIRST[0]
-    if is_schedule(before) and (not path or path[0] in field_names(kind)):
+    if (is_schedule(before) or is_list(before)) and (not path or path[0] in field_names(kind)):
         before = {alone: before} if path else None  # a strength like a number
+    if is_list(before):
+        return {**rules, name: _with_field(before, path, value)}
     if path or (isinstance(before, Mapping) and not isinstance(value, Mapping)):
         if not isinstance(before, Mapping):
             before = {} if before is None else {alone: before}
@@ -422,7 +434,8 @@ def _split_key(key: str, rules: Mapping[str, Any], kind: type[Rule]) -> tuple[st
     splits = [(".".join(parts[:end]), parts[end:]) for end in range(len(parts) - 1, 0, -1)]
     for name, path in splits:
         # What follows the name of a rule with fields is a field, right or wrong.
-        if name in rules and (_is_field(path, kind) or isinstance(rules[name], Mapping)):
+        is_of_it = isinstance(rules.get(name), Mapping) or (is_list(rules.get(name)) and _STAGE.fullmatch(path[0]))
+        if name in rules and (_is_field(path, kind) or is_of_it):
             return name, path
     return next(((name, path) for name, path in splits if _is_field(path, kind)), (key, []))
 
@@ -431,12 +444,17 @@ def _is_field(path: Sequence[str], kind: type[Rule]) -> bool:
     return path[0] == "options" or (len(path) == 1 and path[0] in field_names(kind))
 
 
-def _with_field(rule: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+def _with_field(held: Any, path: Sequence[str], value: Any) -> Any:
     """A rule as a mapping, with the field at a path changed; one strength, or unit, takes the place of the other."""
     name, *rest = path
+    if is_list(held) and _STAGE.fullmatch(name):
+        index = int(name.removeprefix("stage_")) - 1
+        if not 0 <= index < len(held):
+            raise TypeError(f"there is no {name}: the list has stages 1 to {len(held)}")
+        return [*held[:index], _with_field(held[index], rest, value) if rest else value, *held[index + 1 :]]
+    rule = held if isinstance(held, Mapping) else {}
     if rest:
-        before = rule.get(name)
-        value = _with_field(before if isinstance(before, Mapping) else {}, rest, value)
+        value = _with_field(rule.get(name), rest, value)
     others = {other for pair in _INSTEAD if name in pair for other in pair} - {name}
     return {**{known: old for known, old in rule.items() if known not in others}, name: value}
 

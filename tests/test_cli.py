@@ -158,6 +158,78 @@ class TestRulesAsAnArgument:
         model = cli(LitTyped, *args, run=False).model
         assert model.hparams.decay_rules == {**rules, "*" if override.startswith("*") else "head.*": rule}
 
+    @pytest.mark.parametrize(
+        "before", ["0.1", "{schedule: linear, start: 0.1, end: 0}", "{weight_decay: 0.1, min_ndim: 2}"]
+    )
+    def test_a_list_of_schedules_takes_the_place_of_what_was_there(self, tmp_path, before):
+        (tmp_path / "config.yaml").write_text(f"model: {{decay_rules: {{head.*: {before}, '*': 0.2}}}}")
+        text = "[{schedule: constant, start: 0.1, epochs: 2}, {schedule: linear, start: 1e-1, end: 0}]"
+        model = cli(LitTyped, "-c", tmp_path / "config.yaml", f"--model.decay_rules.head.*={text}", run=False).model
+        [group] = [group for group in model.decay_groups if group.name == "head"]
+        assert group.strength_text == "constant 0.1 over 2 epochs, then linear 0.1 to 0"
+        assert group.rule.min_ndim == (2 if "min_ndim" in before else None)
+
+    @pytest.mark.parametrize(
+        ("override", "text"),
+        [
+            ("head.*.stage_2.end=0.05", "constant 0.1 over 2 epochs, then linear 0.1 to 0.05"),
+            ("head.*.stage_1.steps=9", "constant 0.1 over 9 steps, then linear 0.1 to 0"),
+            ("head.*.stage_2={schedule: constant, start: 1e-3}", "constant 0.1 over 2 epochs, then constant 0.001"),
+            ("body.weight_decay.stage_1.start=3", "constant 3 over 2 epochs, then linear 0.1 to 0"),
+        ],
+    )
+    def test_one_stage_of_a_list_changes(self, tmp_path, override, text):
+        stages = [{"schedule": "constant", "start": 0.1, "epochs": 2}, {"schedule": "linear", "start": 0.1, "end": 0}]
+        rules = {"head.*": stages, "body": {"params": "body.*", "weight_decay": stages}, "*": 0.2}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"decay_rules": rules}}, sort_keys=False))
+        args = ["-c", tmp_path / "config.yaml", f"--model.decay_rules.{override}"]
+        groups = cli(LitTyped, *args, run=False).model.decay_groups
+        [name] = {"head", "body"} & set(override.replace("*", "").split("."))
+        assert groups[name].strength_text == text
+        others = {"head", "body", "rest"} - {name}
+        assert {groups[other].strength_text for other in others} == {
+            "constant 0.1 over 2 epochs, then linear 0.1 to 0",
+            "0.2",
+        }
+
+    def test_a_stage_that_a_list_does_not_have(self, tmp_path, capsys):
+        stages = [{"schedule": "constant", "start": 0.1, "epochs": 2}, {"schedule": "linear", "start": 0.1, "end": 0}]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"decay_rules": {"*": stages}}}))
+        error = refused(capsys, LitTyped, "fit", "-c", tmp_path / "config.yaml", "--model.decay_rules.*.stage_3.end=1")
+        assert "there is no stage_3: the list has stages 1 to 2" in error
+
+    def test_a_list_of_schedules_is_printed_and_goes_round(self, tmp_path, capsys):
+        stages = [{"schedule": "constant", "start": 0.1, "epochs": 2}, {"schedule": "linear", "start": 0.1, "end": 0.0}]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"decay_rules": {"*": stages}}}))
+        with pytest.raises(SystemExit):
+            cli(LitTyped, "fit", "-c", tmp_path / "config.yaml", "--print_config")
+        printed = capsys.readouterr().out
+        assert yaml.safe_load(printed)["model"]["decay_rules"] == {"*": stages}
+
+    def test_a_wrong_stage_is_refused_by_name(self, typed, capsys):
+        override = "--model.decay_rules.head.*=[{schedule: linear, start: 0.1, end: 0}, {schedule: constant, start: 0}]"
+        error = refused(capsys, LitTyped, "fit", "-c", typed, override)
+        assert (
+            "error: model.decay_rules: decay rule 'head.*': stage 1: a linear schedule needs steps, epochs or" in error
+        )
+
+    @pytest.mark.parametrize(
+        ("override", "rule", "strength"),
+        [
+            ("head.*.decay_mult=0.5", {"decay_mult": 0.5, "of": "rest"}, "linear 0.05 to 0"),
+            ("head.*={decay_mult: 0.2, of: rest}", {"decay_mult": 0.2, "of": "rest"}, "linear 0.02 to 0"),
+            ("head.*.weight_decay=0.3", {"weight_decay": 0.3}, "0.3"),
+            ("*.start=1", {"decay_mult": 0.1, "of": "rest"}, "linear 0.1 to 0"),
+        ],
+    )
+    def test_a_factor_on_another_group(self, tmp_path, override, rule, strength):
+        rules = {"head.*": {"decay_mult": 0.1, "of": "rest"}, "*": {"schedule": "linear", "start": 0.1, "end": 0}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"decay_rules": rules}}, sort_keys=False))
+        args = ["-c", tmp_path / "config.yaml", f"--model.decay_rules.{override}"]
+        model = cli(LitTyped, *args, run=False).model
+        assert model.hparams.decay_rules["head.*"] == rule
+        assert model.decay_groups["head"].strength_text == strength
+
     def test_a_schedule_with_a_wrong_field_is_refused_by_name(self, typed, capsys):
         override = "--model.decay_rules.head.*={schedule: linear, start: 0.1, stop: 0}"
         error = refused(capsys, LitTyped, "fit", "-c", typed, override)

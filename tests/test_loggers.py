@@ -99,6 +99,24 @@ def test_mlflow(tmp_path, monkeypatch):
     }
 
 
+def test_a_list_of_schedules_has_a_value_per_number(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    loggers = [TensorBoardLogger(tmp_path, name="", version=""), MLFlowLogger(tracking_uri=f"file:{tmp_path / 'ml'}")]
+    trainer(logger=loggers).fit(LitHparams(lr=0.01, decay_rules=TENTH))
+    params = loggers[1].experiment.get_run(loggers[1].run_id).data.params
+    assert params == {
+        "lr": "0.01",
+        "decay_rules/head/params": "head.*",
+        "decay_rules/head/decay_mult": "0.1",
+        "decay_rules/head/of": "rest",
+        "decay_rules/rest/params": "*",
+        **{
+            f"decay_rules/rest/weight_decay/{i}/{key}": str(v) for i, one in enumerate(STAGES) for key, v in one.items()
+        },
+    }
+    assert yaml.safe_load((tmp_path / "hparams.yaml").read_text())["decay_rules"]["rest"]["weight_decay"] == STAGES
+
+
 def leveldb_records(data, offset):
     """The records of a log in LevelDB's format, which W&B's offline files keep to after a header of their own.
 
@@ -177,6 +195,8 @@ class LitClass(LitHparams):
 
 
 VECTORS = {"weight_decay": 0.0, "max_ndim": 1}
+STAGES = [{"schedule": "constant", "start": 0.1, "steps": 2}, {"schedule": "linear", "start": 0.1, "end": 0.0}]
+TENTH = {"head.*": {"decay_mult": 0.1, "of": "rest"}, "*": STAGES}
 WAYS = {
     "class attribute": (LitClass, None, {"lr": 0.001, "decay_rules": {"*.bias": 0.0, "*": 0.1}}),
     "no hyperparameters": (
@@ -190,6 +210,8 @@ WAYS = {
         {"lr": 0.001, "decay_rules": {"vectors": VECTORS, "rest": {"weight_decay": 0.1, "params": "*"}}},
     ),
     "preset": (lambda: LitHparams(decay_rules="timm"), None, {"lr": 0.001, "decay_rules": {"preset": "timm"}}),
+    "schedules": (lambda: LitHparams(decay_rules=TENTH), None, {"lr": 0.001, "decay_rules": TENTH}),
+    "schedules by a callback": (LitPlain, TENTH, {"lr": 0.01, "decay_rules": TENTH}),
     "callback": (LitPlain, {"head.*": 0.2, "*": 0.1}, {"lr": 0.01, "decay_rules": {"head.*": 0.2, "*": 0.1}}),
 }
 

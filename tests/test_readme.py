@@ -141,16 +141,15 @@ def test_the_sessions_show_what_really_happens(programs, page):
 @pytest.mark.parametrize(
     ("page", "expected"),
     [
-        ("rules", ["no_decay", "head", "rest"]),
-        ("schedules", ["bias", "head", "rest"]),
-        ("presets", ["head", "no_decay", "decay"]),
+        ("rules", [["no_decay", "head", "rest"]]),
+        ("schedules", [["bias", "head", "rest"], ["bias", "rest"], ["bias", "head", "rest"]]),
+        ("presets", [["head", "no_decay", "decay"]]),
     ],
 )
 def test_the_yaml_is_rules(programs, page, expected):
-    (block,) = blocks(ROOT / "examples" / f"{page}.md", "yaml")
-    rules = yaml.safe_load(block)["decay_rules"]
-    groups = lightning_regdecay.build_decay_groups(programs[README]["LitModel"](), rules)
-    assert groups.names == expected
+    rules = [yaml.safe_load(block)["decay_rules"] for block in blocks(ROOT / "examples" / f"{page}.md", "yaml")]
+    model = programs[README]["LitModel"]()
+    assert [lightning_regdecay.build_decay_groups(model, one).names for one in rules] == expected
 
 
 def test_the_cells_of_how_do_i_are_rules(programs):

@@ -113,8 +113,8 @@ def _strength(group: Any) -> float | None:
     if rule is None:
         return None
     if isinstance(rule.weight_decay, DecaySchedule):
-        ends = [value for value in (rule.weight_decay.start, rule.weight_decay.end) if value is not None]
-        return max(ends, default=None)
+        known = [part for part in rule.weight_decay.parts if part.of_lr_times_lambda is None]
+        return max((value for part in known for value in (part.start, part.end) if value is not None), default=None)
     if rule.decay_mult is not None:
         return None if rule.decay_mult else 0.0
     return rule.weight_decay

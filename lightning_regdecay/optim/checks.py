@@ -24,7 +24,6 @@ from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.optim.trial import kind_of
 from lightning_regdecay.rules.names import hint
 from lightning_regdecay.rules.rules import DecayRule
-from lightning_regdecay.rules.schedules import OF_LR_TIMES_LAMBDA
 from lightning_regdecay.rules.selectors import equal_options
 from lightning_regdecay.rules.toward import START
 
@@ -118,9 +117,9 @@ def _check_parts(family: list[Any], every: list[Parted], rooms: list[StepRoom], 
             if part.pulls:
                 _check_by_element(innermost(family, parted.group), parted, part)
             for place in part.place.each:
-                schedule = place.schedule
-                if schedule is not None and schedule.schedule in OF_LR_TIMES_LAMBDA:
-                    check_decoupled(innermost(family, parted.group), parted.group, place.group, schedule.schedule)
+                fixed = None if place.schedule is None else place.schedule.of_lr_times_lambda
+                if fixed is not None:
+                    check_decoupled(innermost(family, parted.group), parted.group, place.group, fixed)
     has_factors = any(part.lr_mult is not None for parted in every for part in parted.parts)
     if is_cut or has_factors:  # without which `base_lrs` were noted
         known = [room.numbered for room in rooms if room.numbered is not None]

@@ -24,7 +24,7 @@ from lightning_regdecay.optim.strengths import TELLS_NO_STEPS, lengths
 from lightning_regdecay.optim.telling import InForce, ParamGroupsInForce, told
 from lightning_regdecay.rules.crossing import RuleSet
 from lightning_regdecay.rules.forms import DecayRules, LrRules
-from lightning_regdecay.rules.schedules import OF_LR_TIMES_LAMBDA, schedule_of
+from lightning_regdecay.rules.schedules import schedule_of
 
 _rooms: Registry[StepRoom] = Registry()
 """The room of each optimizer. Rooms hold no optimizer, and no model."""
@@ -120,8 +120,9 @@ def schedule_weight_decay(
     for plan in plans:
         for group in [group for member in plan.family for group in member.param_groups]:
             schedule = schedule_of(group)
-            if schedule is not None and schedule.schedule in OF_LR_TIMES_LAMBDA:
-                check_decoupled(innermost(plan.family, group), group, str(group.get("name")), schedule.schedule)
+            kind = None if schedule is None else schedule.of_lr_times_lambda
+            if kind is not None:
+                check_decoupled(innermost(plan.family, group), group, str(group.get("name")), kind)
 
     def follow(room: StepRoom, plan: _Plan) -> None:
         room.parting.strengths.give(given)

@@ -17,7 +17,7 @@ from lightning_regdecay.optim.seen import Group
 from lightning_regdecay.optim.starts import Starts
 from lightning_regdecay.optim.strengths import Strengths, as_number, first_peak
 from lightning_regdecay.rules.rules import DecayRule
-from lightning_regdecay.rules.schedules import FIELDS, PEAK_KEY, SCHEDULE_KEY, STEP_KEY, DecaySchedule, schedule_of
+from lightning_regdecay.rules.schedules import PEAK_KEY, SCHEDULE_KEY, STEP_KEY, DecaySchedule, schedule_of
 
 SEVERAL = (
     "this optimizer notes numbers in its param groups that go by the lr, and with factors on the lr (lr_mult) they "
@@ -260,7 +260,7 @@ class Parting:
         try:
             return self._strength(part.place, parted)
         except ValueError:  # before the run begins, its length is not known
-            return 0.0 if part.place.schedule is None else part.place.schedule.start or 0.0
+            return 0.0 if part.place.schedule is None else part.place.schedule.first
 
     def absorb(self, other: Parting) -> None:
         """Take over the rules, and what is known of their param groups, from another."""
@@ -355,7 +355,7 @@ class Parting:
             group.pop(STEP_KEY, None)
         else:
             group.setdefault(STEP_KEY, 0)
-            if "peak_lr" in FIELDS[schedule.schedule]:
+            if schedule.goes_by_lr:
                 group.setdefault(PEAK_KEY, parted.peak_lr)
         parted.take_changes()
 

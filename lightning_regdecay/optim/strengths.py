@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
 
 from lightning_regdecay.rules.scalars import positive_number
-from lightning_regdecay.rules.schedules import FIELDS, OF_LR_TIMES_LAMBDA, STEP_KEY, DecaySchedule
+from lightning_regdecay.rules.schedules import OF_LR_TIMES_LAMBDA, STEP_KEY, DecaySchedule
+from lightning_regdecay.rules.stages import Length
 
 Lengths = Mapping[str, float]
 
@@ -24,7 +26,7 @@ class Strengths:
         self.given: Lengths = {}
         """Lengths of the user's."""
         self._asked: Lengths = {}
-        self._warned: set[str] = set()
+        self._warned: set[tuple[str, str]] = set()
 
     def give(self, given: Lengths) -> None:
         """Take lengths of the user's, which stay; one that is not given stays what it was."""
@@ -57,43 +59,63 @@ class Strengths:
         delay, length = schedule.in_steps(
             lambda: self._length(name, "total_steps"), lambda: self._length(name, "steps_per_epoch")
         )
-        step = int(group.get(STEP_KEY, 0))
-        if "peak_lr" not in FIELDS[schedule.schedule]:
-            return schedule.value(step, length=length, delay=delay)
-        peak = schedule.peak_lr or peak_lr
-        if peak <= 0:
-            raise ValueError(
-                f"the schedule of group {name!r} needs the peak of the lr, which is {peak:g} as far as can be seen "
-                "here; give the schedule peak_lr"
-            )
+        stage, step, own_length = schedule.stage_at(int(group.get(STEP_KEY, 0)), length)
+        for part in schedule.parts:  # those of later stages, too, before the first step
+            if part.goes_by_lr and (part.peak_lr or peak_lr) <= 0:
+                raise ValueError(
+                    f"the schedule of group {name!r} needs the peak of the lr, which is {peak_lr:g} as far as can be "
+                    "seen here; give the schedule peak_lr"
+                )
+        self._warn_of_short_run(name, schedule, length)
+        if not stage.goes_by_lr:
+            return stage.value(step, length=own_length, delay=delay)
+        peak = stage.peak_lr or peak_lr
         lr = as_number(group.get("lr"))
-        if schedule.schedule == "follow_lr" and lr > peak:
+        if stage.schedule == "follow_lr" and lr > peak:
             self._warn_of_higher_lr(name, lr, peak)
         # λ of follow_lr goes by a ratio, which has the factor above and below.
-        factor = lr_mult if schedule.schedule in OF_LR_TIMES_LAMBDA else 1.0
-        return schedule.value(step, length=length, lr=factor * lr, peak_lr=factor * peak)
+        factor = lr_mult if stage.schedule in OF_LR_TIMES_LAMBDA else 1.0
+        return stage.value(step, length=own_length, lr=factor * lr, peak_lr=factor * peak)
+
+    def _warn_of_short_run(self, name: str, schedule: DecaySchedule, length: Length) -> None:
+        """Name the first stage that a run does not come to, where it is known how long that is."""
+        if not isinstance(length, tuple) or (total_steps := self._known("total_steps")) is None:
+            return
+        begins = itertools.accumulate(own or 0 for own in length[:-1])
+        late = next(((number, begin) for number, begin in enumerate(begins, start=2) if begin >= total_steps), None)
+        if late is not None and (name, "stages") not in self._warned:
+            self._warned.add((name, "stages"))
+            rank_zero_warn(
+                f"the run of {total_steps:g} optimizer steps ends before stage {late[0]} of the schedule of group "
+                f"{name!r} ({schedule.text}), which would begin after {late[1]:g}; make the stages before it shorter, "
+                "or give them a fraction of the run"
+            )
 
     def _warn_of_higher_lr(self, name: str, lr: float, peak_lr: float) -> None:
-        if name not in self._warned:
-            self._warned.add(name)
+        if (name, "lr") not in self._warned:
+            self._warned.add((name, "lr"))
             rank_zero_warn(
                 f"the lr of group {name!r} is {lr:g}, above the peak {peak_lr:g} that its schedule follow_lr reckons "
                 "with: λ stays at its start there; give the schedule peak_lr"
             )
 
     def _length(self, name: str, which: str) -> float:
-        if which in self.given:
-            return self.given[which]
-        if not self._asked:  # before a run begins, nothing is known yet
-            self._asked = self.ask()
-        if which not in self._asked:
+        known = self._known(which)
+        if known is None:
             of = "run" if which == "total_steps" else "epoch"
             raise ValueError(
                 f"the schedule of group {name!r} needs the length of the {of}, which is not known here; give the "
                 "schedule its times in steps, or call lightning_regdecay.schedule_weight_decay(optimizer, "
                 "total_steps=..., steps_per_epoch=...)"
             )
-        return self._asked[which]
+        return known
+
+    def _known(self, which: str) -> float | None:
+        if which in self.given:
+            return self.given[which]
+        if not self._asked:  # before a run begins, nothing is known yet
+            self._asked = self.ask()
+        return self._asked.get(which)
 
 
 def lengths(*, total_steps: float | None, steps_per_epoch: float | None) -> Lengths:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeAlias
 from lightning_regdecay.rules.forms import DecayRules, LrRules, parse_lr_rules, parse_rules, plain_rules
 from lightning_regdecay.rules.names import safe_name, unique_name
 from lightning_regdecay.rules.rules import OWN, DecayRule, LrRule
-from lightning_regdecay.rules.schedules import OF_LR_TIMES_LAMBDA
 
 _LONGEST = 40
 
@@ -75,8 +74,8 @@ class Treatment:
         label = f"the decay rule {self.rule.selector_text!r} and the lr rule {self.lr_rule.selector_text!r}"
         for name in sorted(of_decay & of_lr):
             raise ValueError(f"{label} have parameters in common, and both set {name}; let one of them do it")
-        kind = getattr(self.rule.weight_decay, "schedule", None)
-        if self.lr_mult == 0 and kind in OF_LR_TIMES_LAMBDA:
+        kind = getattr(self.rule.weight_decay, "of_lr_times_lambda", None)
+        if self.lr_mult == 0 and kind is not None:
             raise ValueError(f"{label} have parameters in common: a {kind} divides by the lr, and lr_mult is 0")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar, cast
 
+from lightning_regdecay.rules.factors import resolved
 from lightning_regdecay.rules.names import REGEX_PREFIX, hint, name_of_pattern, safe_name, unique_name
 from lightning_regdecay.rules.presets import LR_PRESETS, PRESETS, is_preset, preset_rules
 from lightning_regdecay.rules.rules import DecayRule, LrRule, is_schedule, strength_from
@@ -26,6 +27,7 @@ from lightning_regdecay.rules.selectors import (
     patterns_of,
     shorter,
 )
+from lightning_regdecay.rules.stages import is_list
 from lightning_regdecay.rules.toward import toward_from
 
 DecayRules: TypeAlias = Mapping[str, Any] | Sequence[Any] | str
@@ -92,6 +94,8 @@ def parse_as(rules: DecayRules, kind: type[_Rule]) -> tuple[_Rule, ...]:
         pieces = rule.one_by_one()
         taken.update(str(piece.group) for piece in pieces)
         named += pieces
+    if kind is DecayRule:
+        named = cast("list[_Rule]", resolved(cast("list[DecayRule]", named)))
     _check_agreement(named)
     return tuple(named)
 
@@ -113,7 +117,8 @@ def plain_rules(rules: Any) -> Any:
     if isinstance(rules, Rule):
         return {name: plain_rules(shorter(value)) for name, value in given_fields(rules).items()}
     if isinstance(rules, DecaySchedule):
-        return rules.as_dict()
+        plain = rules.as_dict()
+        return plain.get("stages", plain)
     if isinstance(rules, Mapping):
         # A state dict among the fields of a rule is not to be written out.
         state = {key: repr(toward_from(value)) for key, value in rules.items() if key == "toward" and _is_state(value)}
@@ -225,6 +230,7 @@ def _plain_preset(given: Mapping[str, Any]) -> dict[str, Any]:
 def _argument(value: Any) -> Any:
     is_text = isinstance(value, str) and number_of(value) is None
     is_strength = not is_text and isinstance(value, (Mapping, DecaySchedule, str))
+    is_strength |= is_list(value) and any(is_schedule(one) or isinstance(one, DecaySchedule) for one in value)
     return strength_from(value) if is_strength else plain_number(value)
 
 
@@ -277,6 +283,8 @@ def _advice(name: str, kind: type[Rule]) -> str:
     if kind is LrRule and name in DecayRule.FIRST:
         return "weight decay goes into decay_rules"
     if kind is DecayRule and name in field_names(DecaySchedule):
+        if name == "schedule":
+            return "a schedule, or a list of them, is the λ of a rule, as in {'*': [{schedule: linear, …}, …]}"
         return "a schedule says which one it is, as in {schedule: linear, start: 0.1, end: 0}"
     return "options of the optimizer, such as lr, go into options"
 

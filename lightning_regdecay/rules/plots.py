@@ -65,18 +65,26 @@ def plot_schedule(
 def schedule_values(schedule: Any, steps: int, lr: Lr | None, epochs: float | None) -> list[float]:
     """λ for each step of a run of so many."""
     epochs = positive_number("epochs", epochs)
-    if epochs is None and (schedule.epochs is not None or schedule.delay_epochs is not None):
+    if epochs is None and any(part.epochs is not None or part.delay_epochs is not None for part in schedule.parts):
         raise ValueError(
             f"the schedule '{schedule.text}' has a time in epochs: pass how many the run has, plot({steps}, epochs=10)"
         )
-    if lr is None and schedule.schedule in _NEED_LR and not (schedule.schedule == "timescale" and schedule.peak_lr):
-        raise ValueError(f"a {schedule.schedule} schedule goes by the lr: pass lr, a number, a list or a function")
+    by_lr = [part for part in schedule.parts if part.schedule in _NEED_LR]
+    for part in by_lr:
+        if lr is None and not (part.schedule == "timescale" and part.peak_lr):
+            raise ValueError(f"a {part.schedule} schedule goes by the lr: pass lr, a number, a list or a function")
     delay, length = schedule.in_steps(lambda: steps, lambda: steps / (epochs or 1.0))
     lrs = [1.0] * steps if lr is None else _lrs(lr, steps)
-    peak = schedule.peak_lr or max(lrs)
-    if peak <= 0 and schedule.schedule in _NEED_LR:
-        raise ValueError(f"the lr is never above 0, so a {schedule.schedule} schedule has no peak to go by")
-    return [schedule.value(t, length=length, delay=delay, lr=lrs[t], peak_lr=peak) for t in range(steps)]
+    highest = max(lrs)
+    for part in by_lr:
+        if not (part.peak_lr or highest):
+            raise ValueError(f"the lr is never above 0, so a {part.schedule} schedule has no peak to go by")
+    values = []
+    for step, lr_now in enumerate(lrs):
+        stage, since, own_length = schedule.stage_at(step, length)
+        peak = stage.peak_lr or highest
+        values.append(stage.value(since, length=own_length, delay=delay, lr=lr_now, peak_lr=peak))
+    return values
 
 
 def _lrs(lr: Lr, steps: int) -> list[float]:

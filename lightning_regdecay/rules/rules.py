@@ -18,8 +18,9 @@ from lightning_regdecay.rules.regions import (
     rows_from,
 )
 from lightning_regdecay.rules.scalars import nonnegative_number, plain_number
-from lightning_regdecay.rules.schedules import OF_LR_TIMES_LAMBDA, DecaySchedule
+from lightning_regdecay.rules.schedules import DecaySchedule, check_alone, schedule_from
 from lightning_regdecay.rules.selectors import Rule, field_names
+from lightning_regdecay.rules.stages import is_list
 from lightning_regdecay.rules.toward import START, Toward, device_from, dtype_from, toward_from
 
 OWN = "optimizer's"
@@ -35,8 +36,11 @@ class DecayRule(Rule):
     Args:
         weight_decay: λ, the coefficient as torch optimizers define it (the gradient of the L2 term is λ·w). A number or
             its text, as YAML reads ``1e-3``; a :class:`~lightning_regdecay.rules.schedules.DecaySchedule` or its fields
-            where λ changes while training.
+            where λ changes while training, or a list of these, one after another.
         decay_mult: instead of ``weight_decay``, a factor on the optimizer's own default. Exactly one of the two.
+        of: beside ``decay_mult``, the name of another group of the same rules: the factor is on the λ of that one. A
+            number is multiplied; of a schedule start and end are, of a timescale T is divided. One that goes by the lr
+            goes by that of this rule's parameters.
         rows: take these rows of each tensor only: a slice as text (``"32000:"``, several with commas between), a list
             of numbers, a function ``rows(name, shape)`` that gives a mask with an entry for each row, or ``"padding"``
             for the padding row of an ``nn.Embedding``. What is left of the tensor is for the rules after it.
@@ -80,11 +84,12 @@ class DecayRule(Rule):
     """
 
     KIND: ClassVar[str] = "decay rule"
-    FIRST: ClassVar[tuple[str, ...]] = ("weight_decay", "decay_mult")
+    FIRST: ClassVar[tuple[str, ...]] = ("weight_decay", "decay_mult", "of")
     AGREED: ClassVar[tuple[str, ...]] = (*Rule.AGREED, "toward", "toward_dtype", "toward_device")
 
     weight_decay: float | DecaySchedule | None = None
     decay_mult: float | None = field(default=None, kw_only=True)
+    of: str | None = field(default=None, kw_only=True)
     rows: str | Sequence[int] | Callable[..., Any] | None = field(default=None, kw_only=True)
     blocks: int | Sequence[str] | Mapping[str, int] | None = field(default=None, kw_only=True)
     block: str | None = field(default=None, kw_only=True)
@@ -98,6 +103,7 @@ class DecayRule(Rule):
         self._set(
             weight_decay=_strength(self.weight_decay, blocks, self.block),
             decay_mult=nonnegative_number("decay_mult", self.decay_mult),
+            of=_other_group(self.of),
             rows=rows_from(self.rows),
             blocks=blocks,
             block=block_from(self.block, blocks),
@@ -114,8 +120,13 @@ class DecayRule(Rule):
                 f"exactly one of weight_decay and decay_mult must be given, got {given}; "
                 "write weight_decay=0.05, or decay_mult=0.5 for half the optimizer's own"
             )
-        kind = getattr(self.weight_decay, "schedule", None)
-        if self.lr_mult == 0 and kind in OF_LR_TIMES_LAMBDA:
+        if self.of is not None and self.decay_mult is None:
+            raise ValueError(
+                f"of={self.of!r} says what decay_mult is a factor on, and there is none; write decay_mult=1 for the λ "
+                "of that group as it is"
+            )
+        kind = getattr(self.weight_decay, "of_lr_times_lambda", None)
+        if self.lr_mult == 0 and kind is not None:
             raise ValueError(f"a {kind} divides by the lr, which has no value at lr_mult=0; give λ as a number")
 
     def _check_parts(self) -> None:
@@ -182,7 +193,7 @@ class DecayRule(Rule):
 
     @property
     def strength_text(self) -> str:
-        """The strength in words that fit a table cell: a number, or a factor on the optimizer's own.
+        """The strength in words that fit a table cell: a number, or a factor on the optimizer's own or another group's.
 
         >>> DecayRule(1e-3).strength_text, DecayRule(decay_mult=0.5).strength_text
         ('0.001', "0.5 x optimizer's")
@@ -193,8 +204,10 @@ class DecayRule(Rule):
             text = self.weight_decay.text
         elif isinstance(self.weight_decay, ByBlock):
             text = "by block"
+        elif self.decay_mult is None:
+            text = f"{self.weight_decay:g}"
         else:
-            text = f"{self.weight_decay:g}" if self.decay_mult is None else f"{self.decay_mult:g} x optimizer's"
+            text = f"{self.decay_mult:g} x {OWN if self.of is None else f'that of {self.of}'}"
         return text if self.toward is None else f"{text} toward {START if self.toward == START else 'given'}"
 
 
@@ -276,25 +289,28 @@ def _dim(value: Any) -> int | None:
     raise TypeError(f"dim must be the number of a dimension, got {value!r}")
 
 
+def _other_group(value: Any) -> str | None:
+    if value is not None and not (isinstance(value, str) and value):
+        raise TypeError(f"of must be the name of a group of the same rules (text), got {value!r}")
+    return value
+
+
 def is_schedule(value: Any) -> bool:
     """Whether a mapping holds the fields of a schedule, not those of a rule."""
     return isinstance(value, Mapping) and "schedule" in value
 
 
 def strength_from(value: Any) -> float | DecaySchedule | None:
-    """λ as users give it: a number, its text, a schedule or its fields."""
+    """λ as users give it: a number, its text, a schedule or its fields, a list of schedules."""
     if isinstance(value, DecaySchedule):
-        return value
+        return check_alone(value)
+    if is_list(value):
+        return DecaySchedule("stages", stages=value)
     if not isinstance(value, Mapping):
         return nonnegative_number("weight_decay", value)
-    known = field_names(DecaySchedule)
     if not is_schedule(value):
         raise TypeError(
             f"weight_decay must be a number or a schedule, such as {{schedule: cosine, start: 0.04, end: 0.4}}, got "
             f"{dict(value)!r}"
         )
-    for name in value:
-        if name not in known:
-            advice = "; it goes beside weight_decay, not into it" if name in field_names(DecayRule) else ""
-            raise TypeError(f"unknown field {name!r} of a schedule; {hint(str(name), known)}{advice}")
-    return DecaySchedule(**value)
+    return check_alone(schedule_from(value, beside=field_names(DecayRule)))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_regdecay import DecaySchedule, build_decay_groups
+from lightning_regdecay.groups.plots import _strength
 
 pytestmark = pytest.mark.usefixtures("no_window")
 
@@ -80,6 +81,11 @@ def test_what_goes_by_the_optimizers_own_is_striped():
     assert token[2].get_hatch() == norm[2].get_hatch() == "//"
     assert bias[2].get_hatch() is None
     assert legend == ["bias (λ 0 x optimizer's)", "norm (λ 0.5 x optimizer's)", "default (λ optimizer's)"]
+
+
+def test_a_list_of_schedules_has_the_colour_of_its_highest():
+    stages = [{"schedule": "linear", "start": 0.0, "end": 0.4, "steps": 5}, {"schedule": "per_step", "start": 3.0}]
+    assert _strength(build_decay_groups(nn.Linear(2, 1), {"*": stages})[0]) == 0.4
 
 
 def test_schedules_are_dotted_in_the_colour_of_their_highest():

@@ -152,7 +152,7 @@ class TestMistakes:
         ("fields", "message"),
         [
             ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'?"),
-            ({"schedule": ["cosine", "linear"]}, "a value has one schedule only"),
+            ({"schedule": ["cosine", "linear"]}, "several, one after another, are a list of schedules"),
             ({"schedule": "cosine", "start": 0.1}, "a cosine schedule needs end, the λ that it has there"),
             ({"schedule": "follow_lr"}, "a follow_lr schedule needs start"),
             ({**DINO, "start": -1}, "start must be a finite number of at least 0, got -1"),
@@ -754,12 +754,16 @@ class TestFreeOfTheLr:
             ({"schedule": "follow_lr", "start": 0.1, "power": "x"}, ValueError, "power must be a number"),
             ({"schedule": "follow_lr", "start": 0.1, "power": float("inf")}, ValueError, "power must be a finite"),
             ({"schedule": "timescale", "fraction": 0}, ValueError, "fraction must be above 0"),
-            ({"schedule": "timescale", "fraction": 0.5, "steps": 3}, ValueError, "say the same thing: give one"),
+            (
+                {"schedule": "timescale", "fraction": 0.5, "steps": 3},
+                ValueError,
+                "steps and fraction say the same thing twice",
+            ),
             ({"schedule": "timescale"}, ValueError, "needs steps, epochs or a fraction of the run"),
             (
-                {"schedule": "linear", "start": 1, "end": 0, "fraction": 0.5},
-                TypeError,
-                "a linear schedule has no fraction",
+                {"schedule": "linear", "start": 1, "end": 0, "fraction": 5},
+                ValueError,
+                "fraction is a part of the run, 1 for all of it, got 5",
             ),
         ],
     )

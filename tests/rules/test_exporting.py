@@ -28,7 +28,21 @@ SCHEDULES = st.one_of(
     st.builds(DecaySchedule, st.just("follow_lr"), STRENGTHS, peak_lr=st.none() | POSITIVE),
     st.builds(DecaySchedule, st.just("timescale"), epochs=POSITIVE, peak_lr=st.none() | POSITIVE),
 )
-SCHEDULE_FORMS = SCHEDULES | SCHEDULES.map(DecaySchedule.as_dict)
+STAGES = st.lists(
+    st.one_of(
+        st.builds(DecaySchedule, st.just("constant"), STRENGTHS, fraction=st.floats(0, 0.3, exclude_min=True)),
+        st.builds(DecaySchedule, st.sampled_from(["linear", "cosine"]), STRENGTHS, STRENGTHS, epochs=POSITIVE),
+    ),
+    min_size=1,
+    max_size=3,
+)
+SCHEDULE_FORMS = st.one_of(
+    SCHEDULES,
+    SCHEDULES.map(DecaySchedule.as_dict),
+    STAGES,
+    STAGES.map(lambda stages: [stage.as_dict() for stage in stages]),
+    STAGES.map(lambda stages: DecaySchedule("stages", stages=stages)),
+)
 # fmt: off
 AWKWARD = st.sampled_from([
     "1e-3", "0", "1_000", "0x1", "yes", "null", "~", "on", "2026-11-23", "1:30", "=", "<<", "- a", "a: b", "#", "'",
@@ -84,6 +98,12 @@ PRESET_ENTRIES = st.builds(
 MAPPINGS = st.dictionaries(PATTERNS, NUMBERS | SCHEDULE_FORMS | RULES, max_size=5)
 
 
+def with_a_part(rules, factor):
+    """Rules with one more, at a factor of the λ of the first."""
+    of = parse_rules(rules)[0].group
+    return {**rules, "the part": {"params": "part.*", "decay_mult": factor, "of": of}}
+
+
 def is_readable(rules):
     """Whether parse_rules takes the rules: parts of presets may disagree with each other."""
     try:
@@ -92,7 +112,8 @@ def is_readable(rules):
         return False
 
 
-FORMS = (MAPPINGS | st.lists(RULES | PRESET_ENTRIES, max_size=4) | PRESET_ENTRIES).filter(is_readable)
+PARTS = st.builds(with_a_part, MAPPINGS.filter(bool).filter(is_readable), STRENGTHS)
+FORMS = (MAPPINGS | PARTS | st.lists(RULES | PRESET_ENTRIES, max_size=4) | PRESET_ENTRIES).filter(is_readable)
 
 
 def without_classes(rules):

@@ -255,7 +255,7 @@ class TestMistakes:
             ({"*": "inf"}, ValueError, "weight_decay must be a finite number of at least 0, got 'inf'"),
             ({"*": True}, TypeError, "weight_decay must be a number, got True of type bool"),
             ({"*": "strong"}, ValueError, "weight_decay must be a number, got the text 'strong'"),
-            ({"*": [0.1]}, TypeError, r"weight_decay must be a number, got \[0.1\] of type list"),
+            ({"*": [0.1]}, TypeError, "stage 1: it must be a schedule, such as .* got 0.1"),
             ({"*": None}, ValueError, "exactly one of weight_decay and decay_mult must be given, got neither"),
             ({"*": {"weight_decay": 1, "decay_mult": 1}}, ValueError, "exactly one of .* must be given, got both"),
             ({"*": 10**400}, ValueError, "weight_decay must be a finite number of at least 0, got 1000"),
