@@ -31,6 +31,7 @@ except ModuleNotFoundError as error:  # LightningArgumentParser says so, with th
 import lightning_regdecay.monitor  # noqa: F401, so that its short name is known
 from lightning_regdecay.mixin import WeightDecayMixin, configure_own
 from lightning_regdecay.rules.forms import KINDS, parse_as, plain_rules
+from lightning_regdecay.rules.regions import PADDING, is_slice
 from lightning_regdecay.rules.rules import DecayRule, is_schedule
 from lightning_regdecay.rules.selectors import SELECTORS, Rule, field_names
 from lightning_regdecay.rules.stages import is_list
@@ -295,14 +296,19 @@ class _RulesAction(ActionTypeHint):
             if own is not None:
                 rules = namespace.get(self.dest)
                 rules = self.rules if rules is None else rules
-                args = parser, namespace, _override_rule(rules, option[len(own) + 1 :], _read(value), self.kind), own
+                args = (
+                    parser,
+                    namespace,
+                    _override_rule(rules, option[len(own) + 1 :], _value(option, value), self.kind),
+                    own,
+                )
         return super().__call__(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _check_type(self, value: Any, *args: Any, **kwargs: Any) -> Any:
         """As in jsonargparse; the name of a preset may stand where the annotation has mappings or lists alone."""
         check = super()._check_type
         try:
-            return check(value, *args, **kwargs)  # type: ignore[no-untyped-call]
+            return check(_with_slices(value), *args, **kwargs)  # type: ignore[no-untyped-call]
         except (TypeError, ValueError):
             if isinstance(value, str) and value.isidentifier() and isinstance(_read(value), str):
                 for rules in ({"preset": value}, [{"preset": value}]):
@@ -459,8 +465,28 @@ def _with_field(held: Any, path: Sequence[str], value: Any) -> Any:
     return {**{known: old for known, old in rule.items() if known not in others}, name: value}
 
 
+def _value(option: str, text: Any) -> Any:
+    """The value of an option of the command line."""
+    # A slice needs no quotes here, though YAML takes 10:20 for the number 620 and 32000: for a mapping.
+    is_rows = option.endswith(".rows") and isinstance(text, str)
+    return text if is_rows and all(map(is_slice, text.split(","))) else _read(text)
+
+
+def _with_slices(rules: Any) -> Any:
+    """Rules in which a slice ends in a comma, which tells it from a number and a mapping.
+
+    jsonargparse (4.39 to 4.53) reads text inside of what is not annotated anew, as YAML.
+    """
+    if isinstance(rules, dict):
+        rows = rules.get("rows")
+        found = {key: _with_slices(value) for key, value in rules.items()}
+        is_text = isinstance(rows, str) and rows != PADDING and not rows.endswith(",")
+        return {**found, "rows": f"{rows},"} if is_text else found
+    return list(map(_with_slices, rules)) if isinstance(rules, list) else rules
+
+
 def _read(text: Any) -> Any:
-    """A value of the command line."""
+    """A value of the command line, as YAML."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

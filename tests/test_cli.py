@@ -20,7 +20,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import nn
 
 import lightning_regdecay
-from lightning_regdecay import DecayRule, WeightDecayMixin, WeightDecayMonitor, WeightDecayRules, groups_in_force
+from lightning_regdecay import (
+    DecayRule,
+    WeightDecayMixin,
+    WeightDecayMonitor,
+    WeightDecayRules,
+    build_decay_groups,
+    groups_in_force,
+)
 from lightning_regdecay.cli import WeightDecayCLI
 from lightning_regdecay.rules.forms import DecayRules
 
@@ -77,6 +84,14 @@ def typed(tmp_path):
     path = tmp_path / "typed.yaml"
     path.write_text(TYPED)
     return path
+
+
+class LitUntyped(WeightDecayMixin, LitBase):
+    """With rules as an argument of which nothing is known."""
+
+    def __init__(self, lr=1e-3, decay_rules=None):
+        super().__init__()
+        self.save_hyperparameters()
 
 
 class TestRulesAsAnArgument:
@@ -212,6 +227,30 @@ class TestRulesAsAnArgument:
         assert (
             "error: model.decay_rules: decay rule 'head.*': stage 1: a linear schedule needs steps, epochs or" in error
         )
+
+    @pytest.mark.parametrize("model", [LitTyped, LitUntyped])
+    @pytest.mark.parametrize("rows", ["6:", "2:8", "10:-1", "0:2, 4:", "[1, 3]", "-1"])
+    def test_rows_need_no_quotes(self, model, rows):
+        """YAML takes 2:8 without them for the number 128, and 6: for a mapping."""
+        args = ["--model.decay_rules.some.params=body.weight", f"--model.decay_rules.some.rows={rows}"]
+        args += ["--model.decay_rules.some.weight_decay=0.1", "--model.decay_rules.*=0.05"]
+        groups = cli(model, *args, run=False).model.decay_groups
+        given = yaml.safe_load(rows) if rows.startswith("[") else rows
+        rules = {"some": {"params": "body.weight", "rows": given, "weight_decay": 0.1}, "*": 0.05}
+        assert groups.rows() == build_decay_groups(LitBase(), rules).rows()
+
+    @pytest.mark.parametrize("model", [LitTyped, LitUntyped])
+    def test_rows_and_starts_in_a_file(self, model, tmp_path, capsys):
+        some = {"params": "body.weight", "rows": "2:8", "weight_decay": 0.1, "toward": "start"}
+        (tmp_path / "config.yaml").write_text(
+            yaml.safe_dump({"model": {"decay_rules": {"some": some, "*": 0.05}}}, sort_keys=False)
+        )
+        groups = cli(model, "-c", tmp_path / "config.yaml", run=False).model.decay_groups
+        assert groups.rows() == build_decay_groups(LitBase(), {"some": some, "*": 0.05}).rows()
+        with pytest.raises(SystemExit):
+            cli(model, "fit", "-c", tmp_path / "config.yaml", "--print_config")
+        printed = yaml.safe_load(capsys.readouterr().out)["model"]["decay_rules"]
+        assert build_decay_groups(LitBase(), printed).rows() == groups.rows()
 
     @pytest.mark.parametrize(
         ("override", "rule", "strength"),

@@ -43,18 +43,20 @@ def rows_from(value: Any) -> Rows | None:
             f"rows was a function, of which YAML and checkpoints keep only the name {value!r}; pass it again in code"
         )
     if isinstance(value, str):
-        if value != PADDING and not all(is_slice(part) for part in value.split(",")):
+        text = str(value).strip().removesuffix(",")
+        if text != PADDING and not all(is_slice(part) for part in text.split(",")):
             raise ValueError(
                 f"rows must be a slice as text, such as '32000:' or '0:4, 100:', a list of numbers, {PADDING!r} or a "
                 f"function rows(name, shape) that gives a mask, got {value!r}"
             )
-        return value
+        return text
     if is_array(value):
         value = value.tolist()
     if not isinstance(value, Iterable) or isinstance(value, Mapping):
+        one = "" if isinstance(value, Mapping) else f"; write [{value!r}] for one row"
         raise TypeError(
-            f"rows must be a slice as text, a list of numbers or a function, got {value!r}; write [{value!r}] for one "
-            "row, and a slice in quotes: YAML takes 10:20 without them for the number 620"
+            f"rows must be a slice as text, a list of numbers or a function, got {value!r}{one}; a slice stands in "
+            "quotes, as YAML takes 10:20 without them for the number 620, and 32000: for a mapping"
         )
     entries = tuple(value)
     for entry in entries:

@@ -522,7 +522,7 @@ class TestMistakes:
             ({"rows": "10:"}, r"does not fit '0.weight', of shape \(9, 6\): rows '10:' go beyond the 9"),
             ({"rows": "3:3"}, "rows '3:3' are none of the 9"),
             ({"rows": [9]}, "row 9 is not among the 9"),
-            ({"rows": 620}, "a slice in quotes: YAML takes 10:20"),
+            ({"rows": 620}, "a slice stands in quotes, as YAML takes 10:20"),
             ({"rows": "ten"}, "must be a slice as text"),
             ({"rows": []}, "an empty list, which takes nothing"),
             ({"rows": ":2", "dim": 2}, "it has no dimension 2"),

@@ -1,4 +1,4 @@
-"""Trains with λ within tensors and toward a start, sharded: by_element_run.py WAY OUT. Run by test_by_element.py."""
+"""Trains with λ within tensors and toward a start, sharded: parts_run.py WAY OUT. Run by test_parts.py."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ STRENGTHS = {"rest": 0.05, "up.i": 0.1, "up.f": 0.0, "up.g": 0.5, "columns": 0.4
 def reports(request, tmp_path_factory):
     if "fsdp2" in request.param and not FSDP2_RUNS_ON_CPU:
         pytest.skip("this torch does not run FSDP2 on CPUs")
-    out = tmp_path_factory.mktemp("by_element")
+    out = tmp_path_factory.mktemp("parts")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", WAYS[request.param]]
-    program = Path(__file__).with_name("by_element_run.py")
+    program = Path(__file__).with_name("parts_run.py")
     run_python(*torchrun, program, request.param, out, cwd=out, timeout=240)
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(WAYS[request.param])]
 
