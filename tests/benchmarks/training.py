@@ -167,7 +167,61 @@ def steps(sizes: Sizes, vit: dict[str, Any]) -> Iterator[Row]:
         yield from against(f"AdamW step, {kind}", "ViT-S", seconds, "ours", {"the same groups by hand": "1.00"})
         pair = {"ours": theirs, "the same groups by hand": seconds["the same groups by hand"]}
         yield from against(f"AdamW step, {kind}, rules in the steps of theirs", "ViT-S", pair, "ours", {})
+    yield from by_element(sizes, vit)
     yield from many_groups(sizes)
+
+
+def under(rules: Any) -> Callable[[LitViT], torch.optim.Optimizer]:
+    """An optimizer with rules in its steps."""
+
+    def build(module: LitViT) -> torch.optim.Optimizer:
+        optimizer = module.build_optimizer(list(module.parameters()))
+        apply_decay_rules(optimizer, module, rules)
+        return optimizer
+
+    return build
+
+
+def toward_a_start_by_hand(module: LitViT) -> Any:
+    """The same in a loop that one would write: a copy of the weights, and a line before the step."""
+    optimizer = module.build_optimizer(list(module.parameters()))
+    starts = [(p, p.detach().clone()) for p in module.parameters() if p.ndim > 1]
+    step = optimizer.step
+
+    @torch.no_grad()
+    def with_decay() -> None:
+        for parameter, start in starts:
+            parameter.mul_(1 - 1e-3 * 0.05).add_(start, alpha=1e-3 * 0.05)
+        step()
+
+    optimizer.step = with_decay
+    return optimizer
+
+
+def by_element(sizes: Sizes, vit: dict[str, Any]) -> Iterator[Row]:
+    """Steps that decay parts of tensors, and toward a start."""
+    apart = {
+        "attn": {"params": "*in_proj_weight", "blocks": ["q", "k", "v"], "weight_decay": {"q": 0, "k": 0.1, "v": 1}}
+    }
+    vectors = {"max_ndim": 1, "weight_decay": 0.0}
+    ways: dict[str, Callable[[LitViT], Any]] = {
+        "q, k and v apart": under({**apart, "vectors": vectors, "*": 0.05}),
+        "toward a start": under({"vectors": vectors, "rest": {"params": "*", "weight_decay": 0.05, "toward": "start"}}),
+        "whole tensors": under({"vectors": vectors, "*": 0.05}),
+        "a start by hand": toward_a_start_by_hand,
+    }
+    for kind in ("fused", "foreach"):
+        built = {}
+        for name, build in ways.items():
+            module = LitViT(**vit)
+            module.options = {kind: True}
+            for parameter in module.parameters():
+                parameter.grad = torch.full_like(parameter, 1e-3)
+            built[name] = module, build(module)
+        seconds = seconds_in_turn({name: optimizer.step for name, (_, optimizer) in built.items()}, 3 * sizes.rounds)
+        for name, peer in (("q, k and v apart", "whole tensors"), ("toward a start", "a start by hand")):
+            pair = {name: seconds[name], peer: seconds[peer]}
+            yield from against(f"AdamW step, {kind}, {name}", "ViT-S", pair, name, {})
 
 
 def many_groups(sizes: Sizes) -> Iterator[Row]:

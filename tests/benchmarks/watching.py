@@ -19,7 +19,8 @@ from training import LitViT
 
 from lightning_regdecay import GroupL2Norm, WeightDecayMonitor, groups_in_force
 from lightning_regdecay.figures.measures import FIGURES, OF_A_STEP
-from lightning_regdecay.figures.steps import StepWatcher
+from lightning_regdecay.figures.members import Member
+from lightning_regdecay.figures.steps import Stepped, StepWatcher
 
 COPY = "one copy, into new memory"
 COPY_AND_READS = "one copy, into new memory, and 3 reads"
@@ -55,7 +56,8 @@ def rows(sizes: Sizes) -> Iterator[Row]:
         yield from against(f"an event: {name}", "ViT-S", pair, name, {"norm, penalty, λ": goal})
 
     def look(gradients: bool, updates: bool) -> Any:
-        watcher = StepWatcher(lambda _: groups, gradients=gradients, updates=updates)
+        stepped = {name: Stepped(list(map(Member, group["params"])), 0.0, False) for name, group in groups.items()}
+        watcher = StepWatcher(lambda _: stepped, gradients=gradients, updates=updates)
         watcher.start_batch(True, True)
         return lambda: watcher.before(optimizer), lambda: watcher.after(optimizer)
 
@@ -116,7 +118,8 @@ def seconds_around(calls: dict[str, Any], step: Callable[[], Any], rounds: int) 
 def memory(dtype: torch.dtype, sizes: Sizes) -> Row:
     """The most memory that looking on at a step takes at a time, in copies of the weights."""
     weights = [torch.nn.Parameter(torch.ones(10**3 if sizes.small else 10**6, dtype=dtype)) for _ in range(20)]
-    watcher = StepWatcher(lambda _: {"all": {"params": weights}}, gradients=False, updates=True)
+    stepped = {"all": Stepped(list(map(Member, weights)), 0.0, False)}
+    watcher = StepWatcher(lambda _: stepped, gradients=False, updates=True)
     watcher.start_batch(True, True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         watcher.before(None)
