@@ -111,7 +111,7 @@ class RulesForAFit(AnyCallback):
         """Ask lengths and peaks anew, as a run begins."""
         self._put_in_force(trainer)
         for room in self._rooms:
-            room.parting.begin_run(room.groups, 0 if trainer.global_step == 0 else None)
+            room.begin_run(trainer.global_step)
             warn_of_lrs(room)
         self._witnesses = [Witness(room) for room in self._rooms]
         self._steps_seen, self._is_under_way = trainer.global_step, True

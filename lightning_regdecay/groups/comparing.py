@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_regdecay.groups.groups import DecayGroup, DecayGroups, build_decay_groups, numel_of
 from lightning_regdecay.groups.patterns import name_patterns
-from lightning_regdecay.groups.regions import NOTHING, Region
+from lightning_regdecay.groups.regions import Region
+from lightning_regdecay.groups.shards import original_shape
 from lightning_regdecay.groups.tables import preformatted
 from lightning_regdecay.rules.forms import DecayRules, LrRules
 from lightning_regdecay.rules.selectors import equal_options
@@ -27,20 +29,17 @@ class Move:
         after: the group that they come to.
         params: parameter name to parameter, in the order of the model.
         regions: by the name of a parameter, the part of it that moves, where that is not all of it.
+        numel: the number of scalar parameters, of the whole parameters where they are sharded.
     """
 
     before: DecayGroup
     after: DecayGroup
     params: Mapping[str, nn.Parameter]
     regions: Mapping[str, Region] = field(default_factory=dict)
+    numel: int = 0
 
     def __repr__(self) -> str:
         return f"Move({self.before.name!r} → {self.after.name!r}, {len(self.params)} tensors)"
-
-    @property
-    def numel(self) -> int:
-        """The number of scalar parameters, of the whole parameters where they are sharded."""
-        return numel_of(self.params.values(), map(self.regions.get, self.params))
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,30 +126,49 @@ def compare(
     for group in groups_after:
         for name in group.params:
             becomes.setdefault(name, []).append(group)
-    moves = []
+    moves: list[Move] = []
     for group in groups_before:
-        moved: dict[str, dict[str, nn.Parameter]] = {}
-        regions: dict[str, dict[str, Region]] = {}
-        for name, parameter in group.params.items():
-            for other in becomes[name]:
-                both = _in_both(group.regions.get(name), other.regions.get(name))
-                if both is not NOTHING and not equal_options(_treatment(group), _treatment(other)):
-                    moved.setdefault(other.name, {})[name] = parameter
-                    if both is not None:
-                        regions.setdefault(other.name, {})[name] = both
-        moves += [
-            Move(group, other, moved[other.name], regions.get(other.name, {}))
-            for other in groups_after
-            if other.name in moved
-        ]
+        moves += _moves(group, groups_after, becomes)
     return Comparison(groups_before, groups_after, tuple(moves))
 
 
-def _in_both(a: Region | None, b: Region | None) -> Region | None:
-    """What two groups have in common of a parameter, None for all of it."""
+def _moves(group: DecayGroup, groups_after: DecayGroups, becomes: Mapping[str, Sequence[DecayGroup]]) -> Iterator[Move]:
+    """What leaves a group.
+
+    Args:
+        group: the group.
+        groups_after: those by the other rules.
+        becomes: by the name of a parameter, those of them that it is in.
+    """
+    moved: dict[str, dict[str, nn.Parameter]] = {}
+    regions: dict[str, dict[str, Region]] = {}
+    sizes: dict[str, int] = {}
+    for name, parameter in group.params.items():
+        own = group.regions.get(name)
+        for other in becomes[name]:
+            region, size = _in_both(original_shape(parameter), own, other.regions.get(name))
+            if size and not equal_options(_treatment(group), _treatment(other)):
+                moved.setdefault(other.name, {})[name] = parameter
+                sizes[other.name] = sizes.get(other.name, 0) + size
+                if region is not None:
+                    regions.setdefault(other.name, {})[name] = region
+    for other in groups_after:
+        if other.name in moved:
+            yield Move(group, other, moved[other.name], regions.get(other.name, {}), sizes[other.name])
+
+
+def _in_both(shape: torch.Size, a: Region | None, b: Region | None) -> tuple[Region | None, int]:
+    """What two groups have in common of a parameter, None for all of it, and how many elements that are.
+
+    Of regions along two dimensions, the first stands for what they have in common.
+    """
     if a is None or b is None:
-        return a or b
-    return a.common(b)
+        region = a or b
+        return region, shape.numel() if region is None else region.numel(shape)
+    if a.dim == b.dim:
+        both = a.common(b)
+        return both, both.numel(shape)
+    return a, a.numel(shape) // max(b.size, 1) * b.count
 
 
 def _treatment(group: DecayGroup) -> Any:

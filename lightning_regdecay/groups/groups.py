@@ -312,23 +312,44 @@ class DecayGroups(Tabular, list[DecayGroup]):
             part = "" if region is None else f" {region.text},"
             lines.append(f"{part} in group {group.name!r}, weight_decay {treatment.strength_text}{lr}")
         lines = [f"{head} is{lines[0]}"] if len(lines) == 1 else [f"{head} is", *(f" {line}" for line in lines)]
-        lines += _explained(self.rules, parameter, "rule", "it keeps the optimizer's own weight decay")
+        takers = {rule.group for group in groups if (rule := group.rule) is not None}
+        lines += _explained(self.rules, parameter, "rule", "it keeps the optimizer's own weight decay", takers)
         if self.lr_rules:
             lines += _explained(self.lr_rules, parameter, "lr rule", "it keeps the optimizer's own lr")
         return "\n".join(lines)
 
 
-def _explained(rules: Sequence[Rule], parameter: ModelParameter, kind: str, otherwise: str) -> list[str]:
-    """Which of some rules took a parameter, and why each earlier one did not, a line each."""
-    lines = []
+def _explained(
+    rules: Sequence[Rule],
+    parameter: ModelParameter,
+    kind: str,
+    otherwise: str,
+    takers: Collection[str | None] | None = None,
+) -> list[str]:
+    """Which of some rules took a parameter, and why each earlier one did not, a line each.
+
+    Args:
+        rules: the rules, in order.
+        parameter: the parameter.
+        kind: what to call them.
+        otherwise: what becomes of what none takes.
+        takers: the groups of those that took some of it, where one may take a part.
+    """
+    lines, is_whole, is_left = [], True, takers is None or len(takers) > 0
     for number, rule in enumerate(rules, start=1):
         label = f"  {kind} {number} {rule.selector_text!r}"
         reason = Matcher(rule).mismatch(parameter)
-        takes = "takes it" if not rule.is_partial else "takes that part of it"
-        lines.append(f"{label} {takes}" if reason is None else f"{label} does not take it: {reason}")
-        if reason is None and not rule.is_partial:
+        if reason is not None:
+            lines.append(f"{label} does not take it: {reason}")
+        elif takers is not None and rule.group not in takers:
+            lines.append(f"{label} takes nothing of it")
+        elif rule.is_partial:
+            lines.append(f"{label} takes that part of it")
+            is_whole = False
+        else:
+            lines.append(f"{label} takes {'it' if is_whole else 'what is left of it'}")
             return lines
-    return [*lines, f"  no {kind} takes it: {otherwise}"]
+    return lines if is_left and not is_whole else [*lines, f"  no {kind} takes it: {otherwise}"]
 
 
 def build_decay_groups(
@@ -384,7 +405,7 @@ def build_decay_groups(
     for line in problems + remarks:
         rank_zero_warn(line)
 
-    every = pieces_from(rule_set, shares, lr_takers)
+    every = pieces_from(rule_set, trainable, shares, lr_takers)
     members: dict[Pair, dict[str, nn.Parameter]] = {pair: {} for pair in rule_set.names}
     regions: dict[Pair, dict[str, Region]] = {pair: {} for pair in rule_set.names}
     for parameter, pieces in zip(trainable, every):
@@ -450,6 +471,17 @@ def _review(
         problem = problem_of(matcher, module, parameters)
         if problem is not None:
             problems.append(f"{label} {'is wrong in part' if index in used else 'takes nothing'}: {problem}")
+        elif (
+            index not in used
+            and rule.is_partial
+            and not any(
+                number is not None and number < index
+                for p, by in zip(trainable, taken_by)
+                if matcher.takes(p)
+                for number in by
+            )
+        ):
+            problems.append(f"{label} takes nothing: it has no rows of the parameters that it matches")
         elif index not in used:
             takers = [by - {None} for p, by in zip(trainable, taken_by) if by != {None} and matcher.takes(p)]
             earlier_ones = matchers[:index]

@@ -9,7 +9,8 @@ from lightning_regdecay.groups.matching import Matcher, first_takers
 from lightning_regdecay.groups.parameters import ModelParameter
 from lightning_regdecay.groups.regions import Region, region_of, rest_of
 from lightning_regdecay.rules.crossing import Pair, RuleSet
-from lightning_regdecay.rules.selectors import Rule
+from lightning_regdecay.rules.selectors import Rule, equal_options
+from lightning_regdecay.rules.toward import START
 
 
 class Share(NamedTuple):
@@ -59,7 +60,7 @@ def _parts_taken(matchers: Sequence[Matcher], parameter: ModelParameter, first: 
         if region is None:
             continue
         for other, before in taken.items():
-            if rule.optional and region.dim == before.dim:
+            if rule.optional:
                 region = region.without(before)
             elif region.overlaps(before):
                 raise ValueError(
@@ -97,15 +98,18 @@ def pieces_of(rules: RuleSet, parameters: Iterable[ModelParameter]) -> list[tupl
     """
     parameters = list(parameters)
     shares = shares_of([Matcher(rule) for rule in rules.decay], parameters)
-    return pieces_from(rules, shares, first_takers([Matcher(rule) for rule in rules.lr], parameters))
+    return pieces_from(rules, parameters, shares, first_takers([Matcher(rule) for rule in rules.lr], parameters))
 
 
 def pieces_from(
-    rules: RuleSet, shares: Iterable[tuple[Share, ...]], lr_takers: Iterable[int | None]
+    rules: RuleSet,
+    parameters: Iterable[ModelParameter],
+    shares: Iterable[tuple[Share, ...]],
+    lr_takers: Iterable[int | None],
 ) -> list[tuple[Piece, ...]]:
     """The same, of what the decay rules and the lr rules take of each parameter."""
     found = []
-    for of_decay, lr_taker in zip(shares, lr_takers):
+    for parameter, of_decay, lr_taker in zip(parameters, shares, lr_takers):
         front = _group(rules.lr, lr_taker)
         regions: dict[str | None, Region | None] = {}
         for share in of_decay:
@@ -114,8 +118,32 @@ def pieces_from(
             both = before is not None and share.region is not None
             regions[group] = before.joined(share.region) if both else share.region  # type: ignore[union-attr,arg-type]
         pieces = tuple(Piece((group, front), region) for group, region in regions.items())
+        if len(pieces) > 1:
+            _check_agreement(rules, parameter, pieces)
         found.append(pieces if len(pieces) > 1 else (Piece(pieces[0].pair),))
     return found
+
+
+def _check_agreement(rules: RuleSet, parameter: ModelParameter, pieces: Sequence[Piece]) -> None:
+    """Raise where rules for pieces of a parameter want different things of the whole of it."""
+    first, *others = (rules.treatments[piece.pair] for piece in pieces)
+    for other in others:
+        if first.lr_mult != other.lr_mult or not equal_options(first.options, other.options):
+            raise ValueError(
+                f"{parameter.name!r} is in parts in the groups {rules.names[first.pair]!r} and "
+                f"{rules.names[other.pair]!r}, which differ in lr_mult or options, and these are of whole tensors; let "
+                "an lr rule set them for all of it: lr_rules={'emb.*': {'lr_mult': 0.1}}"
+            )
+    kept = {
+        (treated.rule.toward_dtype, treated.rule.toward_device)
+        for treated in (first, *others)
+        if treated.rule is not None and treated.rule.start == START
+    }
+    if len(kept) > 1:
+        raise ValueError(
+            f"parts of {parameter.name!r} decay toward its start, which is kept once: give all of them the same "
+            "toward_dtype and toward_device"
+        )
 
 
 def _group(rules: Sequence[Rule], taker: int | None) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_regdecay.groups.groups import DecayGroups, together
 from lightning_regdecay.groups.parameters import model_parameters
-from lightning_regdecay.groups.pieces import Piece, pieces_of
+from lightning_regdecay.groups.pieces import pieces_of
 from lightning_regdecay.groups.regions import Region
 from lightning_regdecay.rules.crossing import Pair
 from lightning_regdecay.rules.rules import DecayRule
@@ -73,6 +73,8 @@ class Found(NamedTuple):
     """In the model."""
     regions: tuple[Region | None, ...] = (None,)
     """The part of it that is in each place of its pieces."""
+    names: tuple[str, ...] = ()
+    """All that it has in the model, where it is tied."""
 
 
 Finds = dict[int, Found]
@@ -117,14 +119,12 @@ class Places:
         for p in every:
             own = cut.get(p.name) if id(p.parameter) in known else pieces[p.name]
             if own is None:
-                found[id(p.parameter)] = Found(p.parameter, known[id(p.parameter)], p.name)
+                found[id(p.parameter)] = Found(p.parameter, known[id(p.parameter)], p.name, names=tuple(p.names))
             else:
-                found[id(p.parameter)] = self._found(p.parameter, p.name, own)
+                place = self._place_of(tuple(piece.pair for piece in own))
+                regions = tuple(piece.region for piece in own)
+                found[id(p.parameter)] = Found(p.parameter, place, p.name, regions, tuple(p.names))
         return found
-
-    def _found(self, parameter: Tensor, name: str, pieces: tuple[Piece, ...]) -> Found:
-        place = self._place_of(tuple(piece.pair for piece in pieces))
-        return Found(parameter, place, name, tuple(piece.region for piece in pieces))
 
     def _place_of(self, pairs: tuple[Pair, ...]) -> Place:
         """The place of parameters that are in one group, or have pieces in several."""

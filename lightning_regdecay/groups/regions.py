@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_regdecay.groups.parameters import ModelParameter, class_of
 from lightning_regdecay.groups.shards import flat_place, local_part, original_shape
@@ -39,6 +41,11 @@ class Region:
     ranges: tuple[Range, ...]
     label: str = ""
 
+    @functools.cached_property
+    def selection(self) -> Selection:
+        """Where it lies in the whole tensor."""
+        return _selection(self.dim, self.ranges)
+
     @property
     def count(self) -> int:
         """How many slices there are."""
@@ -61,17 +68,14 @@ class Region:
         return Region(self.dim, self.size, _merged([*self.ranges, *other.ranges]), labels)
 
     def without(self, other: Region) -> Region:
-        """What is in this one and not in the other, along one dimension."""
+        """What is in this one and not in the other; nothing along another dimension, where that is no slices."""
+        if self.dim != other.dim:
+            return NOTHING
         left = rest_of([other])
         return Region(self.dim, self.size, tuple(_common(self.ranges, left.ranges)) if left else (), self.label)
 
     def common(self, other: Region) -> Region:
-        """What is in both, along the dimension of this one; ``NOTHING`` where nothing is.
-
-        Along different dimensions, which only two sets of rules can have, this one stands for what they have in common.
-        """
-        if self.dim != other.dim:
-            return self
+        """What is in both, along one dimension; ``NOTHING`` where nothing is."""
         ranges = tuple(_common(self.ranges, other.ranges))
         return Region(self.dim, self.size, ranges) if ranges else NOTHING
 
@@ -94,6 +98,10 @@ def rest_of(regions: Iterable[Region]) -> Region | None:
     return Region(taken[0].dim, taken[0].size, left) if left else None
 
 
+class _Misfit(ValueError):
+    """A parameter does not have what a rule takes of it."""
+
+
 def region_of(rule: DecayRule, parameter: ModelParameter) -> Region | None:
     """The part of a parameter that a rule takes, None where it takes nothing of it.
 
@@ -103,15 +111,17 @@ def region_of(rule: DecayRule, parameter: ModelParameter) -> Region | None:
     """
     label = f"{rule.KIND} {rule.selector_text!r} does not fit {parameter.name!r}, of shape {tuple(parameter.shape)}"
     dim, ndim = rule.dim or 0, parameter.ndim
-    if not -ndim <= dim < ndim:
-        raise ValueError(f"{label}: it has no dimension {dim}")
-    dim %= ndim
-    size = parameter.shape[dim]
     try:
+        if not -ndim <= dim < ndim:
+            raise _Misfit(f"it has no dimension {dim}")
+        dim %= ndim
+        size = parameter.shape[dim]
         ranges = _block_range(rule, size) if rule.given_blocks is not None else _row_ranges(rule, parameter, size)
-    except ValueError as error:
+    except _Misfit as error:
         if rule.optional:
             return None
+        raise ValueError(f"{label}: {error}") from None
+    except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
     return Region(dim, size, ranges, _label(rule)) if ranges else None
 
@@ -128,9 +138,9 @@ def _block_range(rule: DecayRule, size: int) -> tuple[Range, ...]:
     if isinstance(blocks, dict):
         sizes = list(blocks.values())
         if sum(sizes) > size:
-            raise ValueError(f"its blocks are {sum(sizes)} in all, and the dimension is {size}")
+            raise _Misfit(f"its blocks are {sum(sizes)} in all, and the dimension is {size}")
     elif size % len(names):
-        raise ValueError(f"a dimension of {size} has no {len(names)} equal blocks; give each its size")
+        raise _Misfit(f"a dimension of {size} has no {len(names)} equal blocks; give each its size")
     else:
         sizes = [size // len(names)] * len(names)
     number = names.index(str(rule.block))
@@ -155,10 +165,10 @@ def _slice_ranges(text: str, size: int) -> list[Range]:
         return [(_in_range(wanted, size), _in_range(wanted, size) + 1)]
     for number in (wanted.start, wanted.stop):
         if number is not None and not -size <= number <= size:
-            raise ValueError(f"rows {text.strip()!r} go beyond the {size} that there are")
+            raise _Misfit(f"rows {text.strip()!r} go beyond the {size} that there are")
     numbers = range(size)[wanted]
     if not len(numbers):
-        raise ValueError(f"rows {text.strip()!r} are none of the {size} that there are")
+        raise _Misfit(f"rows {text.strip()!r} are none of the {size} that there are")
     if numbers.step == 1:
         return [(numbers.start, numbers.stop)]
     return [(number, number + 1) for number in numbers]
@@ -166,7 +176,7 @@ def _slice_ranges(text: str, size: int) -> list[Range]:
 
 def _in_range(number: int, size: int) -> int:
     if not -size <= number < size:
-        raise ValueError(f"row {number} is not among the {size} that there are")
+        raise _Misfit(f"row {number} is not among the {size} that there are")
     return number % size
 
 
@@ -179,9 +189,11 @@ def _from_mask(rows: Callable[..., Any], parameter: ModelParameter, size: int) -
             f"{type(error).__name__}: {error}"
         ) from error
     entries = mask.tolist() if isinstance(mask, Tensor) or is_array(mask) else list(mask)
-    if len(entries) != size or not all(entry in (True, False) for entry in entries):
+    shape = getattr(mask, "shape", (len(entries),))
+    if tuple(shape) != (size,) or not all(entry in (True, False) for entry in entries):
         raise ValueError(
-            f"its function gives no mask of {size} entries, True or False for each row, but {len(entries)} entries"
+            f"its function must give a mask of {size} entries, True or False for each row, and gave one of shape "
+            f"{tuple(shape)}, or of other values"
         )
     return _merged([(number, number + 1) for number, entry in enumerate(entries) if entry])
 
@@ -197,13 +209,26 @@ def _merged(ranges: Iterable[Range]) -> tuple[Range, ...]:
     return tuple(found)
 
 
-def _common(a: Iterable[Range], b: Iterable[Range]) -> list[Range]:
+def _common(a: Sequence[Range], b: Sequence[Range]) -> list[Range]:
     """The slices in both; each of them in order."""
-    found = []
-    others = list(b)
-    for start, stop in a:
-        found += [(max(start, s), min(stop, e)) for s, e in others if max(start, s) < min(stop, e)]
+    found, i, j = [], 0, 0
+    while i < len(a) and j < len(b):
+        start, stop = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if start < stop:
+            found.append((start, stop))
+        if a[i][1] <= b[j][1]:
+            i += 1
+        else:
+            j += 1
     return found
+
+
+def _numbers(ranges: Sequence[Range]) -> Tensor:
+    """Those of all slices."""
+    starts, stops = torch.tensor(ranges, dtype=torch.int64).view(-1, 2).unbind(1)
+    lengths = stops - starts
+    before = torch.cumsum(lengths, 0) - lengths
+    return torch.repeat_interleave(starts - before, lengths) + torch.arange(int(lengths.sum()))
 
 
 class Selection(NamedTuple):
@@ -228,6 +253,10 @@ class Selection(NamedTuple):
                 tensor.index_copy_(self.dim, self.numbers.to(tensor.device), part)
 
 
+_selections: Any = WeakTensorKeyDictionary()
+"""From parameter to what was found of its regions, with what it was then: how it lies, and which part is here."""
+
+
 def selection(parameter: Tensor, region: Region | None) -> Selection | None:
     """Where a region lies in what this process holds of a parameter, None for all of that.
 
@@ -236,12 +265,19 @@ def selection(parameter: Tensor, region: Region | None) -> Selection | None:
     if region is None:
         return None
     flat = flat_place(parameter)
-    if flat is not None:
-        return _of_flat(region, original_shape(parameter), flat)
-    held = _held(parameter, region.dim, region.size)
-    if held == ((0, region.size),):
-        return _selection(region.dim, region.ranges)
-    return _selection(region.dim, _within(held, region.ranges))
+    if flat is None and not hasattr(parameter, "device_mesh"):
+        return region.selection
+    lies = flat, getattr(parameter, "placements", None), parameter.shape
+    known = _selections.get(parameter)
+    if known is None or known[0] != lies:
+        known = _selections[parameter] = lies, {}
+    if id(region) not in known[1]:
+        if flat is not None:
+            found = _of_flat(region, original_shape(parameter), flat)
+        else:
+            found = _selection(region.dim, _within(_held(parameter, region.dim, region.size), region.ranges))
+        known[1][id(region)] = region, found
+    return known[1][id(region)][1]  # type: ignore[no-any-return]
 
 
 def _held(parameter: Any, dim: int, size: int) -> tuple[Range, ...]:
@@ -305,10 +341,11 @@ def _of_flat(region: Region, shape: torch.Size, flat: Range) -> Selection:
     return Selection(0, (), is_wanted[slices].nonzero().view(-1))
 
 
-def _selection(dim: int, ranges: tuple[Range, ...]) -> Selection:
+def _selection(dim: int, ranges: Sequence[Range]) -> Selection:
+    ranges = tuple(ranges)
     if len(ranges) <= _MOST_RANGES:
         return Selection(dim, ranges)
-    return Selection(dim, (), torch.cat([torch.arange(start, stop) for start, stop in ranges]))
+    return Selection(dim, (), _numbers(ranges))
 
 
 def held_parts(parameter: Tensor, region: Region | None, values: Tensor | None = None) -> Iterator[tuple[Tensor, int]]:

@@ -34,37 +34,66 @@ class Lent(NamedTuple):
     parameter: Tensor
     own: Tensor
     gradient: Tensor
+    scale: Any
+    """What both are multiplied by until the optimizer has divided them by it, None for 1."""
 
-    def give_back(self) -> None:
-        """Put the other back."""
+    @torch.no_grad()
+    def give_back(self, is_done: bool) -> None:
+        """Put the other back.
+
+        Args:
+            is_done: whether the optimizer has stepped.
+        """
         if self.parameter.grad is self.gradient:
+            if is_done and self.scale is not None:
+                self.own.div_(self.scale)
             self.parameter.grad = self.own
+
+
+def check_gradients(parameters: Iterable[tuple[Tensor, Sequence[Pulled]]], kind: Kind) -> None:
+    """Raise for sparse gradients that λ·w would be added to.
+
+    Raises:
+        RuntimeError: for these.
+    """
+    for parameter, _ in parameters:
+        if kind == "coupled" and parameter.grad is not None and parameter.grad.layout != torch.strided:
+            raise RuntimeError(
+                "a sparse gradient takes no coupled weight decay by rows, blocks or toward a start; use a decoupled "
+                "optimizer, or sparse=False"
+            )
 
 
 @torch.no_grad()
 def decay(
-    parameters: Iterable[tuple[Tensor, Sequence[Pulled]]], kind: Kind, lr: Any, *, maximize: bool, scale: Any = None
-) -> list[Lent]:
+    parameters: Iterable[tuple[Tensor, Sequence[Pulled]]],
+    kind: Kind,
+    lr: Any,
+    lent: list[Lent],
+    *,
+    maximize: bool = False,
+    scale: Any = None,
+    foreach: bool = False,
+) -> None:
     """Decay parameters that have a gradient, element by element.
 
     Args:
         parameters: each with what is to be decayed in it.
         kind: what the optimizer does with λ.
         lr: that of the step, a number or a tensor.
+        lent: where gradients are put that are to be given back.
         maximize: whether the optimizer goes along the gradient, not against it.
         scale: what gradients are multiplied by until the optimizer has them, None for 1.
-
-    Returns:
-        The gradients that are to be given back.
+        foreach: whether the optimizer steps over lists of tensors.
     """
-    lent = []
     for parameter, pulls in parameters:
         if parameter.grad is None or not any(pull.weight_decay for pull in pulls):
             continue
-        weights = local_part(parameter.detach() if not hasattr(parameter, "device_mesh") else parameter)[0]
+        weights = local_part(parameter if hasattr(parameter, "device_mesh") else parameter.detach())[0]
         target = weights
         if kind == "coupled":
-            lent.append(_lend(parameter))
+            lent.append(Lent(parameter, parameter.grad, parameter.grad.clone(), scale))
+            parameter.grad = lent[-1].gradient
             target = local_part(lent[-1].gradient)[0]
         for pull in pulls:
             if pull.weight_decay:
@@ -73,19 +102,7 @@ def decay(
                     factor = -pull.weight_decay if maximize else pull.weight_decay
                     _add(target, weights, where, factor if scale is None else factor * float(scale), pull.start)
                 else:
-                    _shrink(target, where, lr * pull.weight_decay, pull.start)
-    return lent
-
-
-def _lend(parameter: Tensor) -> Lent:
-    own: Any = parameter.grad
-    if own.layout != torch.strided:
-        raise RuntimeError(
-            "a sparse gradient takes no coupled weight decay by rows, blocks or toward a start; use a decoupled "
-            "optimizer, or sparse=False"
-        )
-    parameter.grad = own.clone()
-    return Lent(parameter, own, parameter.grad)
+                    _shrink(target, where, lr * pull.weight_decay, pull.start, foreach)
 
 
 def _add(gradient: Tensor, weights: Tensor, where: Selection | None, factor: float, start: Tensor | None) -> None:
@@ -98,16 +115,18 @@ def _add(gradient: Tensor, weights: Tensor, where: Selection | None, factor: flo
     _change(act, where, gradient, *others)
 
 
-def _shrink(weights: Tensor, where: Selection | None, rate: Any, start: Tensor | None) -> None:
+def _shrink(weights: Tensor, where: Selection | None, rate: Any, start: Tensor | None, foreach: bool) -> None:
     """Do w ← (1 - lr·λ)·w + lr·λ·w₀."""
 
     def act(weights: Tensor, start: Tensor | None = None) -> None:
-        weights.mul_(1 - rate)
-        if start is not None:
-            if isinstance(rate, Tensor):
-                weights.add_(start * rate)
-            else:
-                weights.add_(start, alpha=rate)
+        if foreach:
+            torch._foreach_mul_([weights], 1 - rate)
+        else:
+            weights.mul_(1 - rate)
+        if start is not None and isinstance(rate, Tensor):
+            weights.add_(start.to(weights.dtype) * rate)
+        elif start is not None:
+            weights.add_(start, alpha=rate)
 
     _change(act, where, weights, *([] if start is None else [_beside(start, weights)]))
 

@@ -152,8 +152,13 @@ def check_starts(optimizer: Any, finds: Finds) -> None:
             rule = place.rule
             if rule is None or rule.start is None:
                 continue
+            if found.parameter.is_complex() and rule.toward_dtype is not None:
+                raise ValueError(
+                    f"{found.name!r} is complex, and toward_dtype={rule.toward_dtype!r} would keep the real part of "
+                    "its start alone; leave toward_dtype out"
+                )
             if rule.start != START:
-                starts.given(found.parameter, found.name, rule)
+                starts.given(found, rule)
             elif is_apart:
                 raise ValueError(
                     f"group {place.group!r} decays toward its start, which ZeroRedundancyOptimizer would keep on one "

@@ -7,7 +7,7 @@ from types import CodeType
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 Kind: TypeAlias = Literal["coupled", "decoupled"]
 _COUPLED = (Adadelta, Adagrad, Adam, Adamax, ASGD, NAdam, RAdam, RMSprop, SGD)
@@ -96,6 +96,16 @@ def is_decoupled(optimizer: Any, group: Mapping[str, Any]) -> bool | None:
             return _shrinks(optimizer, options, lr, decay)
     except Exception:  # of whatever kind the optimizer of others raises
         return None
+
+
+def kind_of_torchs(optimizer: Any, group: Mapping[str, Any]) -> Kind | None:
+    """How one of torch's own optimizers decays weights, None for those of others, and where it is not that simple.
+
+    Adafactor takes the norm of the weights before it decays them.
+    """
+    if type(optimizer) not in (*_COUPLED, AdamW):
+        return None
+    return "decoupled" if is_decoupled(optimizer, group) else "coupled"
 
 
 def _shrinks(optimizer: Any, options: dict[str, Any], lr: float, decay: float) -> bool:

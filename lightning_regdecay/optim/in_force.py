@@ -297,7 +297,10 @@ def put_in_force(
         room.parting.layers = [*others, Layer(places, own, by_user, built)]
         room.parting.take_up_rules(room.groups, room.parting.find() if others else finds)
 
-    return _carry_out(plans if all_of_them else known, rule)
+    rooms = _carry_out(plans if all_of_them else known, rule)
+    for room in rooms:
+        room.forget_starts()
+    return rooms
 
 
 def _carry_out(plans: list[_Plan], act: Callable[[StepRoom, _Plan], None]) -> list[StepRoom]:
@@ -410,6 +413,7 @@ def _loaded(optimizer: Any) -> None:
     room = _rooms.get(optimizer)
     if room is not None:
         room.counts_in_checkpoint = room.starts_in_checkpoint = lambda: True  # what is saved from now on is this run
+        room.parting.starts.loaded(optimizer, room.parting.with_starts(optimizer.param_groups))
         room.parting.loaded(optimizer.param_groups, lambda is_told: _steps_counted(optimizer, room, is_told))
 
 

@@ -10,7 +10,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_regdecay.groups.groups import NAMES_KEY, ON_META
-from lightning_regdecay.groups.places import Finds, Place, Places
+from lightning_regdecay.groups.places import Finds, Found, Place, Places
 from lightning_regdecay.optim.layers import Layer, is_own, own_place
 from lightning_regdecay.optim.parts import Part, Parted, Pull, no_lists
 from lightning_regdecay.optim.seen import Group
@@ -111,15 +111,15 @@ class Parting:
         parts = (part for parted in self._parted.values() if parted.is_cut for part in parted.parts)
         return [part for part in parts if part.pulls and id(part.group) in ids]
 
-    def with_starts(self, groups: list[Group]) -> list[tuple[Tensor, DecayRule]]:
+    def with_starts(self, groups: list[Group]) -> list[tuple[Found, DecayRule]]:
         """The parameters of some param groups that decay toward a start, with their rules."""
         parts = [part for parted in self._up_to_date(groups) for part in parted.parts if part.pulls]
-        places = [(part, place) for part in parts for place in part.place.each]
         return [
-            (parameter, place.rule)
-            for part, place in places
+            (found, place.rule)
+            for part in parts
+            for place in part.place.each
             if place.rule is not None and place.rule.toward is not None
-            for parameter in part.group["params"]
+            for found in part.found.values()
         ]
 
     def inside(self, group: Group) -> list[Group]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
-from lightning_regdecay.optim.by_element import Lent, Pulled, decay
+from lightning_regdecay.optim.by_element import Lent, Pulled, check_gradients, decay
 from lightning_regdecay.optim.parts import Part
 from lightning_regdecay.optim.starts import Starts
 from lightning_regdecay.optim.trial import kind_of
@@ -18,29 +19,38 @@ def is_skipped(optimizer: Any) -> bool:
     return bool(getattr(optimizer, "found_inf", None) or 0)
 
 
-def decay_parts(optimizer: Any, parts: Iterable[Part], starts: Starts) -> list[Lent]:
+def decay_parts(optimizer: Any, parts: Iterable[Part], starts: Starts, lent: list[Lent]) -> None:
     """Decay the weights of some parts, whose gradients are there.
 
     Args:
         optimizer: the one that steps.
         parts: of its param groups.
         starts: what weights are decayed toward.
-
-    Returns:
-        The gradients that are to be given back when the step is done.
+        lent: where gradients are put that are to be given back when the step is done.
 
     Raises:
-        RuntimeError: for an optimizer that decays weights in another way, since options of its param groups were set.
+        RuntimeError: for an optimizer that decays weights in another way, since options of its param groups were set,
+            and for sparse gradients where it is coupled.
+        ValueError: for a start that does not fit its parameter. Nothing has moved then.
     """
-    lent = []
+    plans = []
     for part in parts:
         kind = kind_of(optimizer, part.group)
         if kind is None:
             raise RuntimeError(CANNOT.format(group=part.place.group, kind=type(optimizer).__name__))
-        maximize, scale = bool(part.group.get("maximize")), getattr(optimizer, "grad_scale", None)
         pulled = list(_pulled(optimizer, part, starts))
-        lent += decay(pulled, kind, part.group.get("lr"), maximize=maximize, scale=scale)
-    return lent
+        check_gradients(pulled, kind)
+        plans.append((part.group, pulled, kind))
+    for group, pulled, kind in plans:
+        decay(
+            pulled,
+            kind,
+            group.get("lr"),
+            lent,
+            maximize=bool(group.get("maximize")),
+            scale=getattr(optimizer, "grad_scale", None),
+            foreach=_uses_foreach(group, pulled),
+        )
 
 
 def _pulled(optimizer: Any, part: Part, starts: Starts) -> Iterator[tuple[Tensor, list[Pulled]]]:
@@ -51,10 +61,16 @@ def _pulled(optimizer: Any, part: Part, starts: Starts) -> Iterator[tuple[Tensor
         pulls = []
         for pull, region in zip(part.pulls, found.regions):
             rule = pull.place.rule
-            toward = rule is not None and rule.toward is not None
-            start = starts.of(optimizer, parameter, found.name, rule) if toward else None  # type: ignore[arg-type]
+            start = None if rule is None or rule.toward is None else starts.of(optimizer, found, rule)
             pulls.append(Pulled(pull.weight_decay, region, start))
         yield parameter, pulls
+
+
+def _uses_foreach(group: Mapping[str, Any], pulled: Sequence[tuple[Tensor, Any]]) -> bool:
+    """Whether the optimizer steps over lists of tensors, which rounds half types in another way."""
+    if group.get("foreach") is not None or group.get("fused") or "foreach" not in group:
+        return bool(group.get("foreach"))
+    return all(parameter.device.type == "cuda" and type(parameter) in (Tensor, Parameter) for parameter, _ in pulled)
 
 
 CANNOT = (

@@ -143,6 +143,19 @@ class StepRoom:
         if self.parting.has_news:
             self._news(self)
 
+    def begin_run(self, steps_done: int) -> None:
+        """Ask lengths and peaks anew, and have starts, as a run begins, or goes on.
+
+        Args:
+            steps_done: the steps of the run that were done before.
+        """
+        self.parting.begin_run(self.groups, 0 if steps_done == 0 else None)
+        self.parting.starts.begin_run(self.members, self.parting.with_starts(self.groups), steps_done)
+
+    def forget_starts(self) -> None:
+        """Forget the starts that no rule asks for."""
+        self.parting.starts.forget(self.parting.with_starts(self.groups), self.members)
+
     # Coming and going.
 
     def join(self, members: list[Any]) -> None:
@@ -223,6 +236,7 @@ class StepRoom:
                 optimizer.register_state_dict_post_hook(stepping.resume),
                 optimizer.register_state_dict_post_hook(functools.partial(_leave_out_counts, weakref.ref(self))),
                 optimizer.register_load_state_dict_pre_hook(stepping.pause),
+                optimizer.register_load_state_dict_pre_hook(functools.partial(_note_starts, weakref.ref(self))),
                 optimizer.register_load_state_dict_post_hook(self._loaded),
                 optimizer.register_load_state_dict_post_hook(stepping.resume),
             ]
@@ -322,6 +336,12 @@ def _without_ours(hung: _Hung, stepping: Stepping, state: dict[str, Any]) -> dic
         else:
             found[name] = value
     return found
+
+
+def _note_starts(reference: weakref.ref[StepRoom], _: Any, state: dict[str, Any]) -> None:
+    room = reference()
+    if room is not None:
+        room.parting.starts.note_loading(state)
 
 
 def _leave_out_counts(reference: weakref.ref[StepRoom], _: Any, state: dict[str, Any]) -> None:

@@ -182,7 +182,7 @@ class Stepping:
         for level in step.levels:
             level.has_decayed |= level.optimizer is optimizer
         if not is_skipped(optimizer):
-            step.lent += decay_parts(optimizer, parts, self.room.parting.starts)
+            decay_parts(optimizer, parts, self.room.parting.starts, step.lent)
 
     def after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """The first step post-hook: hooks of others come next."""
@@ -253,7 +253,7 @@ class Stepping:
         depths = [depth for depth, level in enumerate(step.levels) if level.frame is frame]
         del step.levels[depths[-1] if depths else -1 :]
         if all(level.optimizer is not optimizer for level in step.levels):
-            _give_back(step)
+            _give_back(step, is_done=True)
         if self.room.is_leaf(optimizer) and not is_skipped(optimizer):
             step.done.append(optimizer)
             self.room.parting.starts.keep(optimizer)
@@ -417,7 +417,7 @@ class Stepping:
         """End a step; again, if it was interrupted here."""
         self._take_out(step)
         self._write_back(step)
-        _give_back(step)
+        _give_back(step, is_done=False)
         self.room.parting.starts.forget_new()
         self.room.parting.set_counts(step.counts)
         self._step = None
@@ -468,9 +468,9 @@ class Stepping:
         return begun
 
 
-def _give_back(step: _Step) -> None:
+def _give_back(step: _Step, *, is_done: bool) -> None:
     while step.lent:
-        step.lent.pop().give_back()
+        step.lent.pop().give_back(is_done)
 
 
 def _move_in(step: _Step) -> None:

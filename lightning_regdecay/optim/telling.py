@@ -172,11 +172,11 @@ def _entries(parting: Parting, every: Sequence[Parted]) -> Iterator[_Entry]:
 def _starts(
     parting: Parting, optimizers: Sequence[Any], found: Iterable[Found | None], rule: DecayRule
 ) -> list[Tensor | None]:
-    def start_of(parameter: Tensor, name: str) -> Tensor | None:
-        known = (parting.starts.known(optimizer, parameter, name, rule) for optimizer in optimizers)
+    def start_of(one: Found) -> Tensor | None:
+        known = (parting.starts.known(optimizer, one, rule) for optimizer in optimizers)
         return next((start for start in known if start is not None), None)
 
-    return [None if one is None else start_of(one.parameter, one.name) for one in found]
+    return [None if one is None else start_of(one) for one in found]
 
 
 def _scope(parted: Parted) -> Any:

@@ -69,7 +69,8 @@ def rows_from(value: Any) -> Rows | None:
 
 def is_slice(text: str) -> bool:
     """Whether a text is one number, or a slice."""
-    return text.strip() not in ("", "-") and _SLICE.fullmatch(text) is not None
+    parts = text.split(":")
+    return text.strip() not in ("", "-") and _SLICE.fullmatch(text) is not None and parts[2:] != ["0"]
 
 
 def slice_from(text: str) -> slice | int:

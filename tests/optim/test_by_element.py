@@ -20,6 +20,7 @@ from lightning_regdecay import (
     WeightDecayRules,
     apply_decay_rules,
     build_decay_groups,
+    compare,
     groups_in_force,
 )
 
@@ -431,12 +432,132 @@ class TestTowardAStart:
         train(twin, hand, before=before)
         assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
+    def test_a_second_fit_begins_anew(self):
+        class LitKeeping(LitOver):
+            def configure_optimizers(self):
+                self.kept = getattr(self, "kept", None) or build("AdamW", [{"params": self.parameters()}])
+                return self.kept
+
+        model = net()
+        lit = LitKeeping(model, toward())
+        trainer(max_epochs=3).fit(lit)
+        again = model[0].weight.detach().clone()
+        trainer(max_epochs=1).fit(lit)
+        assert torch.equal(lit.kept.state[model[0].weight]["decay_start"], again)
+
+    def test_a_state_that_somebody_emptied_is_no_new_start(self):
+        model = net()
+        optimizer = build("SGD with momentum", [{"params": model.parameters()}])
+        start = model[0].weight.detach().clone()
+        apply_decay_rules(optimizer, model, toward())
+        train(model, optimizer, 2)
+        optimizer.state.clear()
+        train(model, optimizer, 1)
+        assert torch.equal(optimizer.state[model[0].weight]["decay_start"], start)
+
+    def test_rules_without_it_forget_it(self):
+        model = net()
+        optimizer = build("AdamW", [{"params": model.parameters()}])
+        apply_decay_rules(optimizer, model, toward())
+        train(model, optimizer, 2)
+        apply_decay_rules(optimizer, model, {"*": 0.1})
+        assert "decay_start" not in optimizer.state[model[0].weight]
+        train(model, optimizer, 1)
+        apply_decay_rules(optimizer, model, toward())
+        now = model[0].weight.detach().clone()
+        with pytest.warns(UserWarning, match="toward the weights of the next step"):
+            train(model, optimizer, 1)
+        assert torch.equal(optimizer.state[model[0].weight]["decay_start"], now)
+
+    def test_what_a_rehearsal_has_put_there_is_no_start(self):
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        model = net()
+        optimizer = build("AdamW", [{"params": model.parameters()}])
+        apply_decay_rules(optimizer, model, toward())
+        get_optimizer_state_dict(model, optimizer)
+        model[0].weight.data.fill_(0.25)
+        train(model, optimizer, 1)
+        assert torch.equal(optimizer.state[model[0].weight]["decay_start"], torch.full((9, 6), 0.25))
+
+    def test_an_optimizer_that_leaves_a_parameter_out_of_a_step_is_found_out(self):
+        class Lazy(torch.optim.AdamW):
+            steps = 0
+
+            def step(self, closure=None):
+                loss = closure() if closure is not None else None
+                self.steps += 1
+                held = (
+                    [(p, p.grad) for group in self.param_groups for p in group["params"]][:1] if self.steps == 1 else []
+                )
+                for p, _ in held:
+                    p.grad = None
+                super().step()
+                for p, grad in held:
+                    p.grad = grad
+                return loss
+
+        model = net()
+        optimizer = Lazy(model.parameters(), lr=LR, weight_decay=OWN)
+        start = model[0].weight.detach().clone()
+        with pytest.raises(ValueError, match="cannot: it was tried"):  # decay without a step is found out
+            apply_decay_rules(optimizer, model, toward())
+        assert torch.equal(model[0].weight, start)
+
+    def test_a_wide_start_stays_wide_when_it_is_loaded(self):
+        def make():
+            torch.manual_seed(0)
+            module = nn.Linear(6, 4).to(torch.bfloat16)
+            optimizer = torch.optim.AdamW(module.parameters(), lr=LR)
+            apply_decay_rules(optimizer, module, {"*": {"weight_decay": 0.4, "toward": given, **kept}})
+            return module, optimizer
+
+        kept = {"toward_dtype": "float32"}
+        given = "start"
+        module, optimizer = make()
+        for p in module.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        wide = optimizer.state[module.weight]["decay_start"]
+        wide += 1e-4  # which bfloat16 does not have
+        twin, other = make()
+        other.load_state_dict(optimizer.state_dict())
+        assert torch.equal(other.state[twin.weight]["decay_start"], wide)
+
+    def test_a_given_start_of_a_tied_weight_goes_by_any_name(self):
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head = nn.Linear(4, 7, bias=False)
+                self.emb = nn.Embedding(7, 4)
+                self.emb.weight = self.head.weight
+
+        model = Tied()
+        optimizer = torch.optim.AdamW(model.parameters())
+        given = {"emb.weight": torch.zeros(7, 4)}
+        apply_decay_rules(optimizer, model, {"*": {"weight_decay": 0.1, "toward": given}})
+        assert len(groups_in_force(optimizer)) == 1
+
+    def test_a_start_in_a_narrow_type_is_the_same_with_a_tensor_lr(self):
+        ends = []
+        for lr in (LR, torch.tensor(LR)):
+            weight = nn.Parameter(torch.full((3,), 1.001))
+            module = nn.ParameterDict({"w": weight})
+            optimizer = torch.optim.AdamW([weight], lr=lr, foreach=False)
+            rules = {"w": {"weight_decay": 5.0, "toward": "start", "toward_dtype": "bfloat16"}}
+            apply_decay_rules(optimizer, module, rules)
+            for _ in range(200):
+                weight.grad = torch.zeros(3)
+                optimizer.step()
+            ends.append(weight.detach())
+        torch.testing.assert_close(ends[1], ends[0], rtol=1e-6, atol=0)
+
     def test_a_run_that_goes_on_without_a_start_says_so(self):
         model = net()
         optimizer = build("AdamW", [{"params": model.parameters()}])
         train(model, optimizer, 2)
         apply_decay_rules(optimizer, model, toward())
-        with pytest.warns(UserWarning, match="decays toward its weights of this moment"):
+        with pytest.warns(UserWarning, match="toward the start is toward the weights of the next step"):
             train(model, optimizer, 1)
 
     def test_the_table_tells_what_it_takes(self):
@@ -526,7 +647,7 @@ class TestMistakes:
             ({"rows": "ten"}, "must be a slice as text"),
             ({"rows": []}, "an empty list, which takes nothing"),
             ({"rows": ":2", "dim": 2}, "it has no dimension 2"),
-            ({"rows": lambda name, shape: [True]}, "gives no mask of 9 entries"),
+            ({"rows": lambda name, shape: [True]}, "must give a mask of 9 entries"),
             ({"rows": lambda name, shape: 1 / 0}, "the function for rows failed on parameter '0.weight'"),
             ({"rows": ":2", "blocks": 3}, "give one of them"),
             ({"dim": 1}, "dim needs rows or blocks"),
@@ -593,6 +714,104 @@ class TestMistakes:
             apply_decay_rules(optimizer, model, rules)
         before.check()
 
+    @pytest.mark.parametrize(
+        "name",
+        ["RAdam", "AdaShift", "ScheduleFreeRAdam", "DAdaptAdan", "MARS", "SGDP", "AdamP", "Ranger", "StableAdamW"],
+    )
+    def test_one_that_warms_up_projects_or_averages_is_found_out(self, name):
+        model = net()
+        optimizer = getattr(pytest.importorskip("pytorch_optimizer"), name)(model.parameters(), weight_decay=0.1)
+        with pytest.raises(ValueError, match="cannot: it was tried"):
+            apply_decay_rules(optimizer, model, INSIDE)
+
+    @pytest.mark.parametrize("how", ["clips", "skips", "tiny"])
+    def test_one_that_does_more_in_its_step_is_found_out(self, how):
+        class Own(torch.optim.SGD if how == "clips" else torch.optim.AdamW):
+            def step(self, closure=None):
+                with torch.enable_grad():
+                    loss = closure() if closure is not None else None
+                params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+                if how == "clips":
+                    nn.utils.clip_grad_norm_(params, 10.0)
+                if how == "skips" and any(not p.grad.isfinite().all() for p in params):
+                    return loss
+                scale = 1e-7 if how == "tiny" else 1.0
+                for group in self.param_groups:
+                    group["lr"] *= scale
+                super().step()
+                for group in self.param_groups:
+                    group["lr"] /= scale
+                return loss
+
+        model = net()
+        options = {"momentum": 0.9} if how == "clips" else {}  # without it, it can be done before the clipping
+        with pytest.raises(ValueError, match="cannot: it was tried"):
+            apply_decay_rules(Own(model.parameters(), lr=LR, weight_decay=OWN, **options), model, INSIDE)
+
+    @pytest.mark.parametrize(
+        "rest", [{"lr_mult": 0.1}, {"options": {"lr": 1e-4}}, {"lr_mult": 0.0}, {"options": {"betas": (0.5, 0.9)}}]
+    )
+    def test_a_rule_for_the_rest_with_what_is_of_whole_tensors(self, rest):
+        rules = [DecayRule(0.3, params="0.weight", rows="3:"), DecayRule(0.1, group="slow", **rest)]
+        with pytest.raises(ValueError, match=r"'0.weight' is in parts .* differ in lr_mult or options"):
+            build_decay_groups(net(), rules)
+
+    def test_a_start_that_is_kept_in_two_ways(self):
+        kept = {"params": "0.weight", "weight_decay": 0.1, "toward": "start"}
+        rules = {"a": {**kept, "rows": ":2", "toward_dtype": "bfloat16"}, "b": kept, "*": 0.0}
+        with pytest.raises(ValueError, match="which is kept once: give all of them the same"):
+            build_decay_groups(net(), rules)
+
+    def test_a_complex_start_in_real_numbers(self):
+        module = nn.ParameterDict({"w": nn.Parameter(torch.ones(2, dtype=torch.complex64))})
+        rules = {"w": {"weight_decay": 0.1, "toward": "start", "toward_dtype": "bfloat16"}}
+        with pytest.raises(ValueError, match="would keep the real part of its start alone"):
+            apply_decay_rules(torch.optim.AdamW(module.parameters()), module, rules)
+
+    def test_coupled_decay_of_sparse_gradients_moves_nothing(self):
+        model = nn.ModuleDict({"emb": nn.Embedding(5, 2, sparse=True), "lin": nn.Linear(2, 2)})
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        apply_decay_rules(
+            optimizer, model, {"some": {"params": "*.weight", "rows": ":2", "weight_decay": 0.5}, "*": 0.1}
+        )
+        model["lin"](model["emb"](torch.tensor([1, 2]))).sum().backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        own = [p.grad for p in model.parameters()]
+        with pytest.raises(RuntimeError, match="a sparse gradient takes no coupled weight decay"):
+            optimizer.step()
+        assert all(map(torch.equal, model.parameters(), before))
+        assert all(p.grad is grad for p, grad in zip(model.parameters(), own))
+
+    def test_a_start_of_another_shape_in_a_checkpoint_moves_nothing(self):
+        model, grown = nn.Embedding(3, 4), nn.Embedding(5, 4)
+        rules = {"*": {"weight_decay": 0.5, "toward": "start"}}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        apply_decay_rules(optimizer, model, rules)
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        other = torch.optim.SGD(grown.parameters(), lr=0.1)
+        apply_decay_rules(other, grown, rules)
+        other.load_state_dict(optimizer.state_dict())
+        before = grown.weight.detach().clone()
+        grown.weight.grad = torch.ones_like(grown.weight)
+        with pytest.raises(ValueError, match=r"of shape \(3, 4\) in the state .* is of shape \(5, 4\)"):
+            other.step()
+        assert torch.equal(grown.weight, before)
+
+    @pytest.mark.parametrize("rows", [lambda name, shape: [True] * 3, lambda name, shape: torch.ones(9, 6)])
+    def test_an_optional_rule_excuses_no_wrong_mask(self, rows):
+        rules = [DecayRule(0.1, params="0.weight", rows=rows, optional=True), DecayRule(0.0)]
+        with pytest.raises(ValueError, match="must give a mask of 9 entries"):
+            build_decay_groups(net(), rules)
+
+    def test_rows_of_which_there_are_none(self):
+        rules = {
+            "some": {"params": "0.weight", "rows": lambda name, shape: [False] * shape[0], "weight_decay": 1},
+            "*": 0,
+        }
+        with pytest.raises(ValueError, match="takes nothing: it has no rows of the parameters that it matches"):
+            build_decay_groups(net(), rules)
+
     @pytest.mark.parametrize("rules", [INSIDE, toward()], ids=["inside", "toward"])
     def test_param_groups_by_hand_cannot_say_it(self, rules):
         groups = build_decay_groups(net(), rules)
@@ -612,6 +831,65 @@ class TestMistakes:
         optimizer = Twice(model.parameters(), lr=LR, weight_decay=OWN)
         with pytest.raises(ValueError, match="cannot: it was tried"):  # it needs one
             apply_decay_rules(optimizer, model, INSIDE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_half_types_round_as_the_optimizer_does(dtype, foreach):
+    torch.manual_seed(0)
+    values = torch.randn(6, 40).to(dtype)
+    module = nn.ParameterDict({"w": nn.Parameter(values.clone())})
+    parts = [nn.Parameter(values[:2].clone()), nn.Parameter(values[2:].clone())]
+    options = {"lr": LR, "foreach": foreach, "eps": 1e-3}  # which float16 has
+    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=OWN, **options)
+    apply_decay_rules(optimizer, module, {"top": {"params": "w", "rows": ":2", "weight_decay": 0.5}, "*": 0.1})
+    groups = [{"params": [part], "weight_decay": decay} for part, decay in zip(parts, (0.5, 0.1))]
+    hand = torch.optim.AdamW(groups, **options)
+    for _ in range(4):
+        module["w"].grad = torch.sin(module["w"].detach().float()).to(dtype)
+        for part in parts:
+            part.grad = torch.sin(part.detach().float()).to(dtype)
+        optimizer.step()
+        hand.step()
+        assert torch.equal(module["w"], torch.cat(parts))
+
+
+def test_optional_rules_for_parts_fit_any_tensor():
+    module = nn.ParameterDict({"scalar": nn.Parameter(torch.tensor(1.0)), "w": nn.Parameter(torch.ones(3, 3))})
+    rules = [
+        DecayRule(0.1, rows=":2", dim=1, optional=True, group="left"),
+        DecayRule(0.2, rows=":1", optional=True, group="top"),
+        DecayRule(0.3, group="rest"),
+    ]
+    groups = build_decay_groups(module, rules)
+    assert [(group.name, group.numel) for group in groups] == [("left", 6), ("rest", 4)]
+
+
+def test_explain_names_the_rules_that_took_some():
+    text = build_decay_groups(net(), INSIDE).explain("0.weight")
+    assert text.splitlines()[-1] == "  rule 6 '*' takes nothing of it"
+    assert build_decay_groups(net(), INSIDE).explain("2.weight").endswith("rule 6 '*' takes what is left of it")
+
+
+def test_compare_counts_elements():
+    model = nn.Linear(9, 6, bias=False)
+    rows = {"a": {"params": "weight", "rows": ":2", "weight_decay": 0.1}, "*": 0.0}
+    columns = {"a": {"params": "weight", "rows": ":4", "dim": 1, "weight_decay": 0.1}, "*": 0.0}
+    assert [move.numel for move in compare(model, rows, columns).moves] == [2 * 5, 4 * 4]
+    other = {"a": {"params": "weight", "rows": "1:4", "weight_decay": 0.1}, "*": 0.0}
+    found = compare(model, rows, other)
+    assert [move.numel for move in found.moves] == [9, 18]
+    assert "weight rows 0" in str(found)
+
+
+def test_many_scattered_rows_are_resolved_in_proportion():
+    size = 60_000
+    table = nn.Embedding(size, 1)
+    rules = {
+        "even": {"params": "weight", "rows": "::2", "weight_decay": 0.1},
+        "odd": {"params": "weight", "rows": "1::2", "weight_decay": 0.2},
+    }
+    assert [group.numel for group in build_decay_groups(table, rules)] == [size // 2, size // 2]
 
 
 def test_two_rules_may_share_a_group():
