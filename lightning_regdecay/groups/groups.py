@@ -471,16 +471,7 @@ def _review(
         problem = problem_of(matcher, module, parameters)
         if problem is not None:
             problems.append(f"{label} {'is wrong in part' if index in used else 'takes nothing'}: {problem}")
-        elif (
-            index not in used
-            and rule.is_partial
-            and not any(
-                number is not None and number < index
-                for p, by in zip(trainable, taken_by)
-                if matcher.takes(p)
-                for number in by
-            )
-        ):
+        elif index not in used and rule.is_partial and _is_alone(index, matcher, trainable, taken_by):
             problems.append(f"{label} takes nothing: it has no rows of the parameters that it matches")
         elif index not in used:
             takers = [by - {None} for p, by in zip(trainable, taken_by) if by != {None} and matcher.takes(p)]
@@ -496,6 +487,14 @@ def _review(
                 )
             else:
                 remarks.append(f"{label} takes frozen parameters only (requires_grad=False), so it makes no group")
+
+
+def _is_alone(
+    index: int, matcher: Matcher, trainable: Sequence[ModelParameter], taken_by: Sequence[set[int | None]]
+) -> bool:
+    """Whether a rule matches parameters, of which no earlier rule takes anything."""
+    numbers = [by for p, by in zip(trainable, taken_by) if matcher.takes(p)]
+    return bool(numbers) and not any(number is not None and number < index for by in numbers for number in by)
 
 
 def table_row(
