@@ -107,6 +107,33 @@ def test_the_finetuning_example(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_example_of_what_strengths_are_good_for(tmp_path):
+    output = run_python(EXAMPLES / "strengths.py", "--shorter", 25, cwd=tmp_path, timeout=240)
+    every = dict(re.findall(r"^(\w+)\n((?:  .*\n)+)", output, re.MULTILINE))
+    assert list(every) == ["finetune", "tasks", "columns", "rows", "lr"]
+    row = r"^  (\w.*?)  +(?:(\S* ?= .*?|) +)?((?:\S.*? \d+\.\d+ ± \d+\.\d+ *)+)$"
+    names = {name: [found[0] for found in re.findall(row, text, re.MULTILINE)] for name, text in every.items()}
+    assert names == {
+        "finetune": ["none", "toward 0", "toward the start"] * 2,
+        "tasks": ["none", "toward 0", "toward the start"],
+        "columns": ["one for the tensor", "one for each band"],
+        "rows": ["none", "one for the table", "another for the rare"],
+        "lr": ["none", "constant", "timescale", "per_step"],
+    }
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_example_of_strengths_scores_what_nothing_was_chosen_by(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = runpy.run_path(str(EXAMPLES / "strengths.py"))
+    scores = example["Scores"]
+    found = {"a": [scores({"x": 0.5}, {"x": 0.9})], "b": [scores({"x": 0.6}, {"x": 0.1})]}
+    assert example["best"](found) == "b"
+    words = example["texts"]()
+    assert len({number for _, number in words}) == 12
+    assert min(len(piece) for piece, _ in words) > 7
+
+
 def test_the_example_in_transformers_trainer(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")

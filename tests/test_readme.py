@@ -152,6 +152,19 @@ def test_the_yaml_is_rules(programs, page, expected):
     assert [lightning_regdecay.build_decay_groups(model, one).names for one in rules] == expected
 
 
+@pytest.mark.parametrize(
+    ("page", "model", "expected"),
+    [
+        ("parts", "tagger", ["padding", "new", "qkv.q", "qkv.k", "qkv.v", "bias", "rest"]),
+        ("starts", "model", ["head", "rest"]),
+    ],
+)
+def test_the_yaml_is_rules_for_the_model_of_its_page(programs, page, model, expected):
+    path = ROOT / "examples" / f"{page}.md"
+    [rules] = [yaml.safe_load(block)["decay_rules"] for block in blocks(path, "yaml")]
+    assert lightning_regdecay.build_decay_groups(programs[path][model], rules).names == expected
+
+
 def test_the_cells_of_how_do_i_are_rules(programs):
     cells = re.findall(r"`(?:decay_rules = )?(\{.*?\})`", README.read_text())
     whole = [ast.literal_eval(cell) for cell in cells if "…" not in cell and ":" in cell]
