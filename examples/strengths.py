@@ -14,7 +14,7 @@ by the same validation data, and is scored on other data, over three seeds. Not 
 - lr: a λ found at one lr, at a tenth to ten times of it. Upward, λ itself fails and what holds lr·λ (`timescale`,
   `per_step`) does not; downward it is the other way around.
 
-All of them take about three minutes on two cores, and leave nothing behind. The guides have the tables: parts.md,
+All of them take about four minutes on two cores, and leave nothing behind. The guides have the tables: parts.md,
 starts.md, tuning.md.
 """
 
