@@ -27,6 +27,7 @@ from lightning_regdecay.optim.in_force import refresh
 from lightning_regdecay.retrofit import OF_THE_MODEL, AnyCallback, let_go_of_model
 from lightning_regdecay.rules.names import TOTAL
 from lightning_regdecay.rules.scalars import true_or_false
+from lightning_regdecay.rules.toward import START
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -431,5 +432,6 @@ def _keys(name: str, value: Any) -> Any:
 
 
 def _cell_of_strength(live: Live) -> str:
-    """The λ of a param group, with the schedule that it is on."""
-    return f"{live.weight_decay:g}" + (f" ({live.schedule})" if live.schedule else "")
+    """The λ of a param group, with what it decays toward and the schedule that it is on."""
+    toward = "" if live.starts is None else " toward start" if live.group["toward"] == START else " toward given"
+    return f"{live.weight_decay:g}{toward}" + (f" ({live.schedule})" if live.schedule else "")

@@ -155,6 +155,7 @@ class Measurer:
         if self._l2_norm is None or self._l2_norm.groups != columns:
             self._l2_norm = GroupL2Norm(columns)
         self._l2_norm.reset()
+        self._l2_norm.update({})  # torchmetrics warns of a metric that nobody updates
         self._l2_norm.add(local_sums(parts))
         self._l2_norm.add({seen[key]: of_step for key, of_step in sums.items()})
         found = {name: norm.item() for name, norm in self._l2_norm.compute().items()}

@@ -132,7 +132,7 @@ def _check_agreement(rules: RuleSet, parameter: ModelParameter, pieces: Sequence
             raise ValueError(
                 f"{parameter.name!r} is in parts in the groups {rules.names[first.pair]!r} and "
                 f"{rules.names[other.pair]!r}, which differ in lr_mult or options, and these are of whole tensors; let "
-                "an lr rule set them for all of it: lr_rules={'emb.*': {'lr_mult': 0.1}}"
+                f"an lr rule set them for all of it: lr_rules={{{parameter.name!r}: …}}"
             )
     kept = {
         (treated.rule.toward_dtype, treated.rule.toward_device)

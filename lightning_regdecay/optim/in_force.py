@@ -139,7 +139,8 @@ def groups_in_force(optimizer: Any) -> list[dict[str, Any]]:
 
     Returns:
         Dictionaries with all that the optimizer's own have (``params``, ``lr``, ``weight_decay``, …), and ``name`` and
-        ``param_names``; with parts of tensors, ``params`` are the tensors, and ``regions`` tells which part of each.
+        ``param_names``; with parts of tensors, ``params`` are the tensors, and ``regions`` tells which part of each;
+        ``toward`` is ``"start"`` or ``"given"`` for a group that decays toward weights.
         The list prints as a table. To be read: who sets something sets it in ``optimizer.param_groups``.
 
     Raises:
@@ -413,8 +414,8 @@ def _loaded(optimizer: Any) -> None:
     room = _rooms.get(optimizer)
     if room is not None:
         room.counts_in_checkpoint = room.starts_in_checkpoint = lambda: True  # what is saved from now on is this run
-        room.parting.starts.loaded(optimizer, room.parting.with_starts(optimizer.param_groups))
         room.parting.loaded(optimizer.param_groups, lambda is_told: _steps_counted(optimizer, room, is_told))
+        room.parting.starts.loaded(optimizer, room.parting.with_starts(optimizer.param_groups))
 
 
 def _steps_counted(optimizer: Any, room: StepRoom, is_told: bool) -> int:

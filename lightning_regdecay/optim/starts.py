@@ -278,8 +278,9 @@ def _any_stepped(optimizer: Any) -> bool:
 def _warn_of_missing(names: Sequence[str]) -> None:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     rank_zero_warn(
-        f"decay of {listed(names[:_MOST_NAMED])}{more} toward the start is toward the weights of the next step: steps "
-        "were done before, and the state of the optimizer tells no start; give it, toward='weights.pt', for another"
+        f"the start of {listed(names[:_MOST_NAMED])}{more} is not known: steps were done before, and the state of the "
+        "optimizer does not have it; decay is toward the weights of the next step; give the start itself, "
+        "toward='weights.pt', for another"
     )
 
 

@@ -21,6 +21,7 @@ from lightning_regdecay.optim.seen import Group
 from lightning_regdecay.rules.names import safe_name, unique_name
 from lightning_regdecay.rules.rules import DecayRule
 from lightning_regdecay.rules.schedules import STEP_KEY, DecaySchedule, schedule_of
+from lightning_regdecay.rules.toward import START
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ParamGroupsInForce(Tabular, list[dict[str, Any]]):
                 str(g["name"]),
                 one.text or "-",
                 g["params"],
-                _shown(g.get("weight_decay")),
+                _shown(g.get("weight_decay")) if "toward" not in g else f"{g['weight_decay']:g} toward {g['toward']}",
                 _shown(g.get("lr")),
                 one.regions or None,
             )
@@ -120,6 +121,7 @@ def told(parting: Parting, groups: list[Group], optimizers: Sequence[Any] = ()) 
         starts, regions = None, entry.regions
         if entry.rule is not None and entry.rule.toward is not None:
             starts = functools.partial(_starts, parting, optimizers, entry.found, entry.rule)
+            entry.group["toward"] = START if entry.rule.start == START else "given"
         if any(region is not None for region in regions):
             entry.group["regions"] = ["all" if region is None else region.text for region in regions]
         found.append(InForce(_copy(entry.group, name, entry.names), entry.text, entry.schedule, regions, starts))

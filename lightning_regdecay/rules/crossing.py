@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 from lightning_regdecay.rules.forms import DecayRules, LrRules, parse_lr_rules, parse_rules, plain_rules
 from lightning_regdecay.rules.names import safe_name, unique_name
 from lightning_regdecay.rules.rules import OWN, DecayRule, LrRule
+from lightning_regdecay.rules.selectors import Rule
 
 _LONGEST = 40
 
@@ -128,10 +129,19 @@ class RuleSet:
     def text_of(self, pair: Pair) -> str:
         """The selectors of the rules that a group is made of, for a table; long ones are cut."""
         decay, lr = (
-            shortened(" ; ".join(rule.selector_text for rule in rules if rule.group == name))
+            " ; ".join(f"{shortened(text)} {part}".rstrip() for part, text in _by_part(rules, name).items())
             for name, rules in zip(pair, (self.decay, self.lr))
         )
         return f"{decay or '(no rule)'} x {lr}" if lr else decay or "(no rule)"
+
+
+def _by_part(rules: Sequence[Rule], group: str | None) -> dict[str, str]:
+    """The selectors of the rules of a group, put together by what they take of each tensor."""
+    found: dict[str, list[str]] = {}
+    for rule in rules:
+        if rule.group == group:
+            found.setdefault(rule.part_text, []).append(rule.selectors_text)
+    return {part: " ; ".join(texts) for part, texts in found.items()}
 
 
 def shortened(text: str) -> str:

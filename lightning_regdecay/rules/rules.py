@@ -139,7 +139,7 @@ class DecayRule(Rule):
             given = "lr_mult" if self.lr_mult is not None else f"the options {sorted(self.options)}"
             raise ValueError(
                 f"{given} cannot be given for a part of a tensor, of which only λ can differ; let an lr rule set them "
-                "for the whole tensor: lr_rules={'emb.*': {'lr_mult': 0.1}}"
+                f"for the whole tensor: lr_rules={{{self.selectors_text!r}: …}}"
             )
         if self.toward is None and (self.toward_dtype is not None or self.toward_device is not None):
             raise TypeError("toward_dtype and toward_device say how a start is kept: give toward, too")
@@ -186,10 +186,9 @@ class DecayRule(Rule):
         ]
 
     @property
-    def selector_text(self) -> str:
-        """The selectors in one line, and what is taken of each tensor."""
-        part = region_text(self.given_rows, self.given_blocks, self.block, self.dim)
-        return f"{super().selector_text} {part}" if part else super().selector_text
+    def part_text(self) -> str:
+        """What it takes of each tensor, in a few words; empty for all of it."""
+        return region_text(self.given_rows, self.given_blocks, self.block, self.dim)
 
     @property
     def strength_text(self) -> str:

@@ -94,8 +94,18 @@ class Rule:
         return [self]
 
     @property
+    def part_text(self) -> str:
+        """What it takes of each tensor, in a few words; empty for all of it."""
+        return ""
+
+    @property
     def selector_text(self) -> str:
-        """The selectors in one line, for tables and messages."""
+        """The selectors in one line, and what is taken of each tensor, for tables and messages."""
+        return f"{self.selectors_text} {self.part_text}".rstrip()
+
+    @property
+    def selectors_text(self) -> str:
+        """The selectors in one line."""
         parts = [" | ".join(patterns_of(self))] if patterns_of(self) else []
         if classes_of(self):
             parts.append("modules=" + " | ".join(map(class_text, classes_of(self))))

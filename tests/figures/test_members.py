@@ -45,6 +45,7 @@ def chosen(values, group):
     return torch.cat([part.flatten() for part in parts])
 
 
+@pytest.mark.filterwarnings("error:.*was called before the .*update.* method")
 def test_all_figures_of_parts_are_those_of_their_elements():
     torch.manual_seed(0)
     lit = Recording(net(), INSIDE)
@@ -98,6 +99,16 @@ def test_penalty_and_share_are_of_the_distance(fields):
     assert last["decay/back/decay_share"] == pytest.approx(share.item(), rel=1e-4)
     assert not {"decay/rest/distance", "decay/back/equilibrium"} & last.keys()
     assert "decay/rest/equilibrium" in last
+
+
+def test_tables_tell_of_a_start(capsys):
+    lit = Recording(net(), toward())
+    run = trainer(max_epochs=1, callbacks=[WeightDecayMonitor()])
+    run.fit(lit)
+    assert "0.4 toward start" in capsys.readouterr().out
+    (optimizer,) = run.optimizers
+    assert "0.4 toward start" in str(groups_in_force(optimizer))
+    assert [group.get("toward") for group in groups_in_force(optimizer)] == ["start", None]
 
 
 def test_before_the_first_step_the_distance_is_0():
