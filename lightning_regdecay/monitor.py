@@ -18,8 +18,8 @@ from lightning_regdecay.figures.history import Exposure, Thinning, end_table, ro
 from lightning_regdecay.figures.measures import chosen
 from lightning_regdecay.figures.measuring import Live, Measurer, live_groups
 from lightning_regdecay.figures.plots import plot_history
-from lightning_regdecay.groups.groups import TABLE_HEADER, table_row, total_row
 from lightning_regdecay.groups.parameters import model_parameters
+from lightning_regdecay.groups.rows import TABLE_HEADER, table_row, total_row
 from lightning_regdecay.groups.shards import remember_flattened
 from lightning_regdecay.groups.tables import Table, preformatted
 from lightning_regdecay.optim.holders import is_deepspeed

@@ -14,8 +14,8 @@ from lightning_regdecay.figures.measures import OF_A_STEP, OF_AN_UPDATE, Measure
 from lightning_regdecay.figures.members import Member, distances
 from lightning_regdecay.figures.norms import GroupL2Norm, LocalSums, Part, is_measurable, local_sums
 from lightning_regdecay.figures.steps import AWAY, BEFORE, GRADIENT, UPDATE, Stepped, StepWatcher
-from lightning_regdecay.groups.groups import numel_of
 from lightning_regdecay.groups.regions import Region
+from lightning_regdecay.groups.rows import numel_of
 from lightning_regdecay.optim.decoupling import is_decoupled
 from lightning_regdecay.optim.holders import innermost, is_deepspeed, unwrapped, with_held
 from lightning_regdecay.optim.in_force import in_force, watch

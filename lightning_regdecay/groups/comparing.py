@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_regdecay.groups.groups import DecayGroup, DecayGroups, build_decay_groups, numel_of
+from lightning_regdecay.groups.groups import DecayGroup, DecayGroups, build_decay_groups
 from lightning_regdecay.groups.patterns import name_patterns
 from lightning_regdecay.groups.regions import Region
+from lightning_regdecay.groups.rows import numel_of
 from lightning_regdecay.groups.shards import original_shape
 from lightning_regdecay.groups.tables import preformatted
 from lightning_regdecay.rules.forms import DecayRules, LrRules

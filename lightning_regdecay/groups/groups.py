@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,20 +12,22 @@ import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names, problem_of
+from lightning_regdecay.groups.matching import Matcher, first_takers, listed, nearest_names
 from lightning_regdecay.groups.parameters import ModelParameter, class_of, model_parameters
 from lightning_regdecay.groups.pieces import Piece, pieces_from, pieces_of, shares_of
 from lightning_regdecay.groups.plots import plot_groups
 from lightning_regdecay.groups.regions import Region
+from lightning_regdecay.groups.review import review
+from lightning_regdecay.groups.rows import TABLE_HEADER, bytes_text, numel_of, table_row, total_row
 from lightning_regdecay.groups.shards import original_shape
 from lightning_regdecay.groups.tables import Lines, Table, Tabular
 from lightning_regdecay.rules.crossing import Pair, RuleSet, Treatment, parse_rule_set
 from lightning_regdecay.rules.forms import DecayRules, LrRules
-from lightning_regdecay.rules.names import TOTAL, hint, safe_name, unique_name
+from lightning_regdecay.rules.names import hint, safe_name, unique_name
 from lightning_regdecay.rules.rules import OWN, DecayRule, LrRule
 from lightning_regdecay.rules.scalars import nonnegative_number, true_or_false
 from lightning_regdecay.rules.schedules import LR_MULT_KEY, DecaySchedule, scheduled_param_group
-from lightning_regdecay.rules.selectors import Rule, classes_of, patterns_of
+from lightning_regdecay.rules.selectors import Rule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,9 +41,6 @@ ON_META = (
     "group {group!r} holds parameters on the meta device, which no step would ever move; build the groups, and the "
     "optimizer, after the model has its memory (after to_empty or configure_model)"
 )
-_LONGEST_LABEL = 60
-"""Selectors of a rule that are longer do not name it in messages."""
-TABLE_HEADER = ("group", "rule", "tensors", "parameters", "weight_decay", "lr")
 
 
 @dataclass(frozen=True, repr=False)
@@ -252,7 +250,7 @@ class DecayGroups(Tabular, list[DecayGroup]):
             treatment = group.treatment
             text, strength = self.rule_set.text_of(treatment.pair), treatment.strength_text
             if group.start_memory:
-                strength = f"{strength} ({_bytes_text(group.start_memory)})"
+                strength = f"{strength} ({bytes_text(group.start_memory)})"
             regions = map(group.regions.get, group.params)
             rows.append(table_row(group.name, text, group.params.values(), strength, treatment.lr_text, regions))
         every = {name: parameter for group in self for name, parameter in group.params.items()}
@@ -398,8 +396,8 @@ def build_decay_groups(
     shares, lr_takers = shares_of(decay, trainable), first_takers(lr, trainable)
     problems: list[str] = []
     remarks: list[str] = []
-    _review(module, decay, parameters, trainable, [{share.taker for share in one} for one in shares], problems, remarks)
-    _review(module, lr, parameters, trainable, [{taker} for taker in lr_takers], problems, remarks)
+    review(module, decay, parameters, trainable, [{share.taker for share in one} for one in shares], problems, remarks)
+    review(module, lr, parameters, trainable, [{taker} for taker in lr_takers], problems, remarks)
     if problems and strict:
         raise ValueError("\n".join(problems))
     for line in problems + remarks:
@@ -444,97 +442,3 @@ def _refuse_stale(groups: Iterable[DecayGroup], module: nn.Module | None) -> Non
                     "none (given memory by to_empty, loaded with assign=True, a layer replaced), so that no step would "
                     "move it; build the groups after that"
                 )
-
-
-def _review(
-    module: nn.Module,
-    matchers: Sequence[Matcher],
-    parameters: Sequence[ModelParameter],
-    trainable: Sequence[ModelParameter],
-    taken_by: Sequence[set[int | None]],
-    problems: list[str],
-    remarks: list[str],
-) -> None:
-    """Note what is wrong with the rules of one kind, a line each, and what is worth a remark only.
-
-    Wrong are rules that take nothing, and patterns and classes that match nothing.
-    """
-    used = {taker for takers in taken_by for taker in takers}
-    for index, matcher in enumerate(matchers):
-        rule = matcher.rule
-        if rule.optional:
-            continue
-        text = rule.selector_text
-        label = f"{rule.KIND} {index + 1} {f'of group {rule.group!r}' if len(text) > _LONGEST_LABEL else repr(text)}"
-        if index in used and len(patterns_of(rule)) < 2 and len(classes_of(rule)) < 2:
-            continue
-        problem = problem_of(matcher, module, parameters)
-        if problem is not None:
-            problems.append(f"{label} {'is wrong in part' if index in used else 'takes nothing'}: {problem}")
-        elif index not in used and rule.is_partial and _is_alone(index, matcher, trainable, taken_by):
-            problems.append(f"{label} takes nothing: it has no rows of the parameters that it matches")
-        elif index not in used:
-            takers = [by - {None} for p, by in zip(trainable, taken_by) if by != {None} and matcher.takes(p)]
-            earlier_ones = matchers[:index]
-            frozen = (p for p in parameters if not p.parameter.requires_grad and matcher.takes(p))
-            takes_frozen = any(not any(m.takes(p) for m in earlier_ones) for p in frozen)
-            if takers and not takes_frozen:
-                numbers = sorted({number for by in takers for number in by if number is not None})
-                earlier = ", ".join(f"rule {i + 1} {matchers[i].rule.selector_text!r}" for i in numbers)
-                problems.append(
-                    f"{label} takes nothing: the {len(takers)} trainable parameters that it matches are all taken by "
-                    f"earlier rules, {earlier}; the first match wins, so move it before them"
-                )
-            else:
-                remarks.append(f"{label} takes frozen parameters only (requires_grad=False), so it makes no group")
-
-
-def _is_alone(
-    index: int, matcher: Matcher, trainable: Sequence[ModelParameter], taken_by: Sequence[set[int | None]]
-) -> bool:
-    """Whether a rule matches parameters, of which no earlier rule takes anything."""
-    numbers = [by for p, by in zip(trainable, taken_by) if matcher.takes(p)]
-    return bool(numbers) and not any(number is not None and number < index for by in numbers for number in by)
-
-
-def table_row(
-    name: str,
-    rule: str,
-    parameters: Iterable[Any],
-    weight_decay: object,
-    lr: object,
-    regions: Iterable[Region | None] | None = None,
-) -> list[str]:
-    """The cells of one group in a table under ``TABLE_HEADER``."""
-    parameters = list(parameters)
-    size = numel_of(parameters, regions)
-    return [name, rule, f"{len(parameters):,}", f"{size:,}", _cell(weight_decay), _cell(lr)]
-
-
-def total_row(parameters: Iterable[Any]) -> list[str]:
-    """The last row of a table under ``TABLE_HEADER``."""
-    return table_row(TOTAL, "", parameters, "", "")
-
-
-def numel_of(parameters: Iterable[Any], regions: Iterable[Region | None] | None = None) -> int:
-    """The number of scalar parameters, of the whole parameters where they are sharded; of parts of them, if any."""
-    shapes = map(original_shape, parameters)
-    every = itertools.repeat(None) if regions is None else regions
-    return sum(shape.numel() if region is None else region.numel(shape) for shape, region in zip(shapes, every))
-
-
-def _bytes_text(size: float) -> str:
-    """A size of memory.
-
-    >>> _bytes_text(900), _bytes_text(3 * 2**20)
-    ('900 B', '3 MiB')
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.3g} GiB"
-
-
-def _cell(value: object) -> str:
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)

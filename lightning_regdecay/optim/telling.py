@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_regdecay.groups.groups import NAMES_KEY, TABLE_HEADER, table_row, total_row
+from lightning_regdecay.groups.groups import NAMES_KEY
 from lightning_regdecay.groups.places import OUTSIDE, Found, Place
 from lightning_regdecay.groups.regions import Region
+from lightning_regdecay.groups.rows import TABLE_HEADER, table_row, total_row
 from lightning_regdecay.groups.tables import Table, Tabular
 from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.parts import Parted
