@@ -17,6 +17,7 @@ from lightning_regdecay.groups.shards import remember_flattened
 from lightning_regdecay.optim.checks import warn_of_lrs, warn_of_strays
 from lightning_regdecay.optim.holders import unwrapped
 from lightning_regdecay.optim.in_force import armed_for, every_room, has_members, put_in_force, rooms_in_force
+from lightning_regdecay.optim.pulling import UNDER_DEEPSPEED
 from lightning_regdecay.optim.resuming import stop_carrying
 from lightning_regdecay.optim.saved_states import look_into_checkpoints
 from lightning_regdecay.optim.step_room import StepRoom
@@ -217,16 +218,13 @@ class RulesForAFit(AnyCallback):
                 return  # a module inside another, which does not train it
             groups = self.decay_groups(model)
             rooms = put_in_force(trainer.optimizers, model, groups, all_of_them=True)
-        if _is_deepspeed(trainer) and any(room.parting.has_cut() for room in rooms):
+        by_element = any(room.parting.asks_for_elements for room in rooms)
+        if _is_deepspeed(trainer) and (by_element or any(room.parting.has_cut() for room in rooms)):
             by_factor = all(room.parting.has_factors() for room in rooms)
-            by_element = any(room.parting.has_pulls for room in rooms)
             for room in rooms:
                 room.disarm()
             if by_element:
-                raise MisconfigurationException(
-                    "DeepSpeed steps parameters of its own, so that rules for rows and blocks of tensors, and those "
-                    "that decay toward a start, cannot be in force; give whole tensors a λ, as in {'*': 0.05}"
-                )
+                raise MisconfigurationException(UNDER_DEEPSPEED)
             if by_factor:
                 raise MisconfigurationException(
                     "DeepSpeed steps parameters of its own, so that lr_mult cannot be in force, a factor on the lr at "

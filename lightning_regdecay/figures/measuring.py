@@ -271,7 +271,7 @@ class Live(NamedTuple):
     decaying: Any
     """Of the optimizer and those that it holds, the one whose code decays the weights."""
     regions: Sequence[Region | None] = ()
-    """The part of each of its tensors that is in it, None for all of it."""
+    """The part of each of its tensors that is in it, None for all of it; nothing where all are whole."""
     starts: Callable[[], list[torch.Tensor | None]] | None = None
     """Tells what each of them decays toward, None for 0."""
 

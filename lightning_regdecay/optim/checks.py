@@ -18,7 +18,7 @@ from lightning_regdecay.optim.holders import innermost, is_deepspeed, refuse_num
 from lightning_regdecay.optim.layers import Layer, built_options, own_place
 from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.parts import Part, Parted
-from lightning_regdecay.optim.pulling import CANNOT
+from lightning_regdecay.optim.pulling import CANNOT, UNDER_DEEPSPEED
 from lightning_regdecay.optim.starts import Starts
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.optim.trial import kind_of
@@ -130,10 +130,7 @@ def _check_by_element(optimizer: Any, parted: Parted, part: Part) -> None:
     """Raise where decay element by element is not the optimizer's own, or a start does not fit."""
     group = part.place.each[0].group
     if is_deepspeed(optimizer):
-        raise ValueError(
-            f"group {group!r} decays rows, blocks or toward a start, which cannot be under DeepSpeed: it steps "
-            "parameters of its own"
-        )
+        raise ValueError(UNDER_DEEPSPEED)
     if kind_of(optimizer, parted.group) is None:
         raise ValueError(CANNOT.format(group=group, kind=type(optimizer).__name__))
 

@@ -103,6 +103,11 @@ class Parting:
             part.held = None if part.schedule is None else value
             part.set_weight_decay(value)
 
+    @property
+    def asks_for_elements(self) -> bool:
+        """Whether rules ask for decay element by element, wherever their parameters are."""
+        return any(place.is_by_element for layer in self.layers for place in layer.places.by_name.values())
+
     def by_element(self, groups: Iterable[Group]) -> list[Part]:
         """Those of some param groups, as they stand in a step, that are decayed element by element."""
         if not self.has_pulls:

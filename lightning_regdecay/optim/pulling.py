@@ -78,3 +78,7 @@ CANNOT = (
     "neither λ·w added to the gradient nor weights multiplied by 1 - lr·λ before the step; use an optimizer such as "
     "AdamW or SGD"
 )
+UNDER_DEEPSPEED = (
+    "DeepSpeed steps parameters of its own, so that rules for rows and blocks of tensors, and those that decay toward "
+    "a start, cannot be in force; give whole tensors a λ, as in {'*': 0.05}"
+)

@@ -28,7 +28,7 @@ from lightning_regdecay.optim.frames import (
 )
 from lightning_regdecay.optim.holders import shared_lists
 from lightning_regdecay.optim.parting import Parting
-from lightning_regdecay.optim.pulling import decay_parts, is_skipped
+from lightning_regdecay.optim.pulling import UNDER_DEEPSPEED, decay_parts, is_skipped
 from lightning_regdecay.optim.seen import Group, version_of
 from lightning_regdecay.optim.starts import START_KEY
 from lightning_regdecay.rules.schedules import STEP_KEY
@@ -229,6 +229,8 @@ class Stepping:
             self._rehearses = optimizer
             return
         begun = self._begun(optimizer) if is_called_by_deepspeed() else None
+        if begun is not None and self.room.parting.asks_for_elements:
+            raise RuntimeError(UNDER_DEEPSPEED)
         step = _Step([level], begun, self._version(optimizer))
         parting, lists = self.room.parting, shared_lists(self.room.members)
         parting.begin(lists, begun)  # all is made, and may fail, before anything moves

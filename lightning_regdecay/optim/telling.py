@@ -33,7 +33,7 @@ class InForce:
         group: a copy of the param group or, where that is cut, of a part of it.
         text: the selectors of the rule that it is under, empty without one.
         schedule: the schedule of its λ.
-        regions: the part of each of its parameters that is in it, None for all of it.
+        regions: the part of each of its parameters that is in it, None for all of it; nothing where all are whole.
         starts: what this process holds of the weights that each of them decays toward, None for 0; nothing for a group
             that has no start.
     """
@@ -119,11 +119,12 @@ def told(parting: Parting, groups: list[Group], optimizers: Sequence[Any] = ()) 
     for entry in entries.values():
         name = unique_name(entry.label, taken)
         taken.add(name)
-        starts, regions = None, entry.regions
+        # DeepSpeed puts one tensor in the place of several, of which all are whole.
+        starts, regions = None, entry.regions if any(region is not None for region in entry.regions) else []
         if entry.rule is not None and entry.rule.toward is not None:
             starts = functools.partial(_starts, parting, optimizers, entry.found, entry.rule)
             entry.group["toward"] = START if entry.rule.start == START else "given"
-        if any(region is not None for region in regions):
+        if regions:
             entry.group["regions"] = ["all" if region is None else region.text for region in regions]
         found.append(InForce(_copy(entry.group, name, entry.names), entry.text, entry.schedule, regions, starts))
     return found

@@ -44,3 +44,8 @@ def test_norms_are_those_of_the_whole_parameters_on_every_rank(reports):
 def test_one_collective_where_parameters_are_partitioned(stage, reports):
     for report in reports:
         assert report["collectives"] == ({"c10d.allreduce_": 1} if stage == 3 else {})
+
+
+def test_rules_for_parts_and_starts_are_an_error(reports):
+    for report in reports:
+        assert all(error.startswith("DeepSpeed steps parameters of its own, so that") for error in report["by element"])

@@ -21,7 +21,7 @@ from strategies.sharded_run import RULES, Outer
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from lightning_regdecay import WeightDecayMonitor, build_decay_groups, schedule_weight_decay
+from lightning_regdecay import WeightDecayMonitor, apply_decay_rules, build_decay_groups, schedule_weight_decay
 from lightning_regdecay.rules.schedules import DecaySchedule
 
 SCHEDULE = DecaySchedule("linear", 0.0, 0.1, steps=10)
@@ -35,6 +35,25 @@ class Run:
     def __init__(self, optimizer: Any, engine: Any) -> None:
         self.optimizers = [optimizer]
         self.strategy = SimpleNamespace(model=engine)
+
+
+BLOCKS = {"up": {"params": "*up.weight", "blocks": 3, "weight_decay": 0.1}, "*": 0.05}
+TOWARD = {"*": {"weight_decay": 0.1, "toward": "start"}}
+
+
+def refusal(rules: Any, config: dict[str, Any]) -> str:
+    """What is said of rules that DeepSpeed would step past, where they were in force before it came."""
+    model = Outer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    apply_decay_rules(optimizer, model, rules)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    pixels, classes = digits(32)
+    try:
+        engine.backward(nn.functional.cross_entropy(engine(pixels), classes))
+        engine.step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
 
 
 def main(stage: int, out: Path) -> None:
@@ -64,6 +83,7 @@ def main(stage: int, out: Path) -> None:
 
     live = next(group for group in optimizer.param_groups if group["name"] == "linear")["weight_decay"]
     monitor = WeightDecayMonitor(summary=False)
+    model.automatic_optimization = True  # as a LightningModule
     trainer = Run(optimizer, engine)
     monitor.on_train_start(trainer, model)
     with CommDebugMode() as mode:
@@ -72,6 +92,7 @@ def main(stage: int, out: Path) -> None:
         truths = {g.name: torch.cat([p.double().flatten() for p in g.params.values()]).norm().item() for g in groups}
         gathered = monitor._metrics(trainer)
     report = {
+        "by element": [refusal(rules, config) for rules in (BLOCKS, TOWARD)] if stage < 3 else [],
         "groups": {group.name: list(group.params) for group in groups},
         "table": str(groups),
         "norms": {name: metrics[f"decay/{name}/l2_norm"] for name in truths},
