@@ -129,19 +129,16 @@ class RuleSet:
     def text_of(self, pair: Pair) -> str:
         """The selectors of the rules that a group is made of, for a table; long ones are cut."""
         decay, lr = (
-            " ; ".join(f"{shortened(text)} {part}".rstrip() for part, text in _by_part(rules, name).items())
-            for name, rules in zip(pair, (self.decay, self.lr))
+            _text([rule for rule in rules if rule.group == name]) for name, rules in zip(pair, (self.decay, self.lr))
         )
         return f"{decay or '(no rule)'} x {lr}" if lr else decay or "(no rule)"
 
 
-def _by_part(rules: Sequence[Rule], group: str | None) -> dict[str, str]:
-    """The selectors of the rules of a group, put together by what they take of each tensor."""
-    found: dict[str, list[str]] = {}
-    for rule in rules:
-        if rule.group == group:
-            found.setdefault(rule.part_text, []).append(rule.selectors_text)
-    return {part: " ; ".join(texts) for part, texts in found.items()}
+def _text(rules: Sequence[Rule]) -> str:
+    """The selectors of the rules of a group, which are cut, and what they take of each tensor, which is not."""
+    parts = list(dict.fromkeys(rule.part_text for rule in rules if rule.part_text))
+    text = shortened(" ; ".join(rule.selectors_text for rule in rules))
+    return f"{text} {parts[0]}{' …' if len(parts) > 1 else ''}" if parts else text
 
 
 def shortened(text: str) -> str:
