@@ -152,17 +152,31 @@ STEPS: dict[str, Callable[[LitViT], torch.optim.Optimizer]] = {
 }
 
 
+def seconds_of_steps(
+    ways: dict[str, Callable[[LitViT], Any]], kind: str, vit: dict[str, Any], sizes: Sizes
+) -> dict[str, float]:
+    """How long a step takes with each of some optimizers, in turn, each over a model of its own.
+
+    Args:
+        ways: make the optimizers.
+        kind: the option that they are made with, ``"fused"`` or ``"foreach"``.
+        vit: the arguments of the model.
+        sizes: how often.
+    """
+    built = {}
+    for name, build in ways.items():
+        module = LitViT(**vit)
+        module.options = {kind: True}
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        built[name] = module, build(module)
+    return seconds_in_turn({name: optimizer.step for name, (_, optimizer) in built.items()}, 3 * sizes.rounds)
+
+
 def steps(sizes: Sizes, vit: dict[str, Any]) -> Iterator[Row]:
     """An optimizer step over our groups, over the same by hand, and over a group for each parameter."""
     for kind in ("fused", "foreach"):
-        built = {}
-        for name, build in STEPS.items():
-            module = LitViT(**vit)
-            module.options = {kind: True}
-            for parameter in module.parameters():
-                parameter.grad = torch.full_like(parameter, 1e-3)
-            built[name] = module, build(module)
-        seconds = seconds_in_turn({name: optimizer.step for name, (_, optimizer) in built.items()}, 3 * sizes.rounds)
+        seconds = seconds_of_steps(STEPS, kind, vit, sizes)
         theirs = seconds.pop("rules in the steps of theirs")
         yield from against(f"AdamW step, {kind}", "ViT-S", seconds, "ours", {"the same groups by hand": "1.00"})
         pair = {"ours": theirs, "the same groups by hand": seconds["the same groups by hand"]}
@@ -211,14 +225,7 @@ def by_element(sizes: Sizes, vit: dict[str, Any]) -> Iterator[Row]:
         "a start by hand": toward_a_start_by_hand,
     }
     for kind in ("fused", "foreach"):
-        built = {}
-        for name, build in ways.items():
-            module = LitViT(**vit)
-            module.options = {kind: True}
-            for parameter in module.parameters():
-                parameter.grad = torch.full_like(parameter, 1e-3)
-            built[name] = module, build(module)
-        seconds = seconds_in_turn({name: optimizer.step for name, (_, optimizer) in built.items()}, 3 * sizes.rounds)
+        seconds = seconds_of_steps(ways, kind, vit, sizes)
         for name, peer in (("q, k and v apart", "whole tensors"), ("toward a start", "a start by hand")):
             pair = {name: seconds[name], peer: seconds[peer]}
             yield from against(f"AdamW step, {kind}, {name}", "ViT-S", pair, name, {})
