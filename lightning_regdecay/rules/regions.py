@@ -53,7 +53,7 @@ def rows_from(value: Any) -> Rows | None:
     if is_array(value):
         value = value.tolist()
     if not isinstance(value, Iterable) or isinstance(value, Mapping):
-        one = "" if isinstance(value, Mapping) else f"; write [{value!r}] for one row"
+        one = f"; write [{value!r}] for one row" if isinstance(value, numbers.Integral) else ""
         raise TypeError(
             f"rows must be a slice as text, a list of numbers or a function, got {value!r}{one}; a slice stands in "
             "quotes, as YAML takes 10:20 without them for the number 620, and 32000: for a mapping"
