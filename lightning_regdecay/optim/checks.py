@@ -127,7 +127,7 @@ def _check_parts(family: list[Any], every: list[Parted], rooms: list[StepRoom], 
 
 
 def _check_by_element(optimizer: Any, parted: Parted, part: Part) -> None:
-    """Raise where decay element by element is not the optimizer's own, or a start does not fit."""
+    """Raise where decay element by element is not the optimizer's own."""
     group = part.place.each[0].group
     if is_deepspeed(optimizer):
         raise ValueError(UNDER_DEEPSPEED)
@@ -135,15 +135,16 @@ def _check_by_element(optimizer: Any, parted: Parted, part: Part) -> None:
         raise ValueError(CANNOT.format(group=group, kind=type(optimizer).__name__))
 
 
-def check_starts(optimizer: Any, finds: Finds) -> None:
+def check_starts(optimizer: Any, finds: Finds, starts: Starts) -> None:
     """Raise for starts that do not fit the parameters of an optimizer, or that a process would not know; on all alike.
 
     Args:
         optimizer: the one that others step.
         finds: the parameters of the model.
+        starts: what is given for them is read into.
     """
     is_apart = any(cls.__name__ == "ZeroRedundancyOptimizer" for cls in type(optimizer).__mro__)
-    own, starts = {id(p) for group in optimizer.param_groups for p in group["params"]}, Starts()
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for found in [one for key, one in finds.items() if key in own]:
         for place in found.place.each:
             rule = place.rule

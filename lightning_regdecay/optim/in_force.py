@@ -18,6 +18,7 @@ from lightning_regdecay.optim.holders import check_is_optimizer, families, inner
 from lightning_regdecay.optim.layers import Layer, built_options, is_own
 from lightning_regdecay.optim.parting import Parting
 from lightning_regdecay.optim.registry import Registry
+from lightning_regdecay.optim.starts import Starts
 from lightning_regdecay.optim.step_room import StepRoom
 from lightning_regdecay.optim.stepping import Watcher
 from lightning_regdecay.optim.strengths import TELLS_NO_STEPS, lengths
@@ -286,9 +287,10 @@ def put_in_force(
             f"the decay rules of {type(module).__name__} are in force nowhere: {why}; give it an optimizer over its "
             "parameters (with Lightning, let configure_optimizers return one over self.parameters())"
         )
+    given = Starts()
     for plan in known:
         check_family(plan.family, plan.rooms, places, finds)
-        check_starts(plan.root, finds)
+        check_starts(plan.root, finds, given)
 
     def rule(room: StepRoom, plan: _Plan) -> None:
         layers = room.parting.layers if room.is_armed else []
@@ -297,6 +299,7 @@ def put_in_force(
         built = {str(g.get("name")): built_options(g, layers, places) for g in room.groups if NAMES_KEY in g}
         room.parting.layers = [*others, Layer(places, own, by_user, built)]
         room.parting.take_up_rules(room.groups, room.parting.find() if others else finds)
+        room.parting.starts.take_given(given, (p for group in room.groups for p in group["params"]))
 
     rooms = _carry_out(plans if all_of_them else known, rule)
     for room in rooms:

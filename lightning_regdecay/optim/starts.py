@@ -204,6 +204,12 @@ class Starts:
             self._given[parameter][key] = weights.detach().to(device, dtype, copy=True)
         return self._given[parameter][key]  # type: ignore[no-any-return]
 
+    def take_given(self, other: Starts, parameters: Iterable[Tensor]) -> None:
+        """Take over what another has read for some parameters, so that it is read once."""
+        for parameter in parameters:
+            if parameter in other._given:
+                self._given[parameter] = other._given[parameter]
+
     def _given_weights(self, rule: DecayRule, found: Found) -> Tensor:
         source = rule.start
         is_state = isinstance(source, GivenStart)

@@ -154,10 +154,8 @@ def _entries(parting: Parting, every: Sequence[Parted]) -> Iterator[_Entry]:
                 regions,
             )
         for part in parted.parts if parted.is_cut else ():
-            inside, found = (
-                [parted.names[n] for n in part.numbers],
-                [part.found.get(id(p)) for p in part.group["params"]],
-            )
+            inside = [parted.names[number] for number in part.numbers]
+            found = [part.found.get(id(parameter)) for parameter in part.group["params"]]
             for at, place in enumerate(part.place.each):
                 group = {key: part.group.get(key, value) for key, value in parted.group.items() if key != STEP_KEY}
                 schedule = schedule_of(parted.group) if parted.is_ours else place.schedule
